@@ -1,0 +1,544 @@
+"""Run the model over a plan's batches and write what its hooks see: `dump`.
+
+On the CPU a hook copies the kept tokens straight into their shards. On a GPU it gathers and casts
+them there, and a side stream brings them to pinned host memory while the model computes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from crc32c import crc32c
+from torch import Tensor, nn
+
+from .capture import base_model, batch_inputs, capture, probe
+from .corpus import Corpus, build
+from .errors import ModelError, PlanError
+from .hookpoints import HookPoint, head_count, resolve
+from .plan import Batch, Plan, StageSpec
+from .schema import MLP_STAGES
+from .writer import Writer
+
+if TYPE_CHECKING:
+    from .store import Store
+
+__all__ = ["Progress", "dump", "model_corpus", "plan_model", "vocabulary"]
+
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+_STAGING_SLOTS = 4
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a dump is, as `dump(progress=...)` is told after every batch.
+
+    Attributes
+    ----------
+    tokens, tokens_total : int
+        Kept tokens that have gone through the model in all passes, and that will.
+    nbytes : int
+        Bytes written so far by this process.
+    """
+
+    tokens: int
+    tokens_total: int
+    nbytes: int
+
+
+class _Enough(Exception):  # noqa: N818 - not an error: nothing after the last hook is needed
+    pass
+
+
+def dump(
+    model: nn.Module,
+    tokenizer: Any,
+    sequences: Corpus | Iterable[Any],
+    path: str | os.PathLike[str],
+    *,
+    stages: Sequence[str] = MLP_STAGES,
+    layers: str | Sequence[int] | None = None,
+    dtype: str | None = None,
+    buffer: int | str = "1GiB",
+    passes: int = 1,
+    batch_tokens: int | None = None,
+    padding_side: str = "right",
+    rank: int = 0,
+    world_size: int = 1,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    name: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    **corpus_options: Any,
+) -> Store | None:
+    """Run a model over sequences and keep its activations in a store.
+
+    Rerunning the same call goes on where a stopped one left off, checks a finished store and
+    redoes what is damaged, and gives the same bytes either way.
+
+    Parameters
+    ----------
+    model : Module
+        A transformers model, loaded, on its device, with or without a head.
+    tokenizer : tokenizer or None
+        None where `sequences` are token ids.
+    sequences : Corpus or iterable
+        A corpus from `actstore.corpus.build`, or texts, token id lists, or mappings with a
+        "text" or "input_ids" key whose other keys become label columns.
+    path : path
+        The store to write, by custom ``NAME.zarr``.
+    stages : sequence of str
+        Stage names, or ``name=path.with.{layer}.in.it[:input|:output]``.
+    layers : str or sequence of int, optional
+        For example ``"0,3-5"`` or ``"-1"``; default all.
+    dtype : {"float32", "float16", "bfloat16"}, optional
+        Stored element type; default the model's own.
+    buffer : int or str
+        Host memory for shards being filled and written.
+    passes : int
+        Times to run the corpus, each capturing a group of layers with larger blocks.
+    batch_tokens : int, optional
+        Tokens of a batch, padding included. Default: 1,024 on the CPU, 8,192 on a GPU.
+    padding_side : {"right", "left"}
+        Where short rows of a batch are padded.
+    rank, world_size : int
+        This process's share where several write the same store.
+    threads : int, optional
+        Writer threads.
+    allow_nonfinite : bool
+        Store NaN and inf instead of refusing them.
+    name : str, optional
+        What to call the model in the store; default: its configuration's name.
+    progress : callable, optional
+        Called with a `Progress` after every batch.
+    **corpus_options
+        Passed to `actstore.corpus.build`: ``context``, ``bos``, ``windows``, ``keep`` ...
+
+    Returns
+    -------
+    Store or None
+        The sealed store; None where other ranks still have blocks to write.
+
+    Raises
+    ------
+    UsageError, ModelError, CaptureError, WriteError
+        Each says what to do. What is committed stays, and the same call goes on from there.
+
+    Examples
+    --------
+    >>> import tempfile, torch, transformers
+    >>> config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=50)
+    >>> model = transformers.GPT2Model(config)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     store = dump(model, None, [[1, 2, 3], [4, 5]], f"{folder}/run.zarr")
+    ...     dict(store["mlp_post"].sizes)
+    {'layer': 2, 'token': 5, 'neuron': 128}
+    """
+    corpus = model_corpus(model, tokenizer, sequences, **corpus_options)
+    plan, points = plan_model(
+        model,
+        tokenizer,
+        corpus,
+        stages=stages,
+        layers=layers,
+        dtype=dtype,
+        buffer=buffer,
+        passes=passes,
+        batch_tokens=batch_tokens,
+        padding_side=padding_side,
+        name=name,
+    )
+    words = vocabulary(tokenizer, _vocab_size(model)) if tokenizer is not None else None
+    with Writer(
+        path,
+        plan,
+        vocabulary=words,
+        rank=rank,
+        world_size=world_size,
+        threads=threads,
+        allow_nonfinite=allow_nonfinite,
+    ) as writer:
+        fill(base_model(model), points, writer, progress)
+    if not writer.sealed:
+        return None
+    from .store import open_store
+
+    return open_store(path)
+
+
+def model_corpus(
+    model: nn.Module, tokenizer: Any, sequences: Corpus | Iterable[Any], /, **options: Any
+) -> Corpus:
+    """Sequences as a corpus that fits the model: its context length and vocabulary."""
+    if isinstance(sequences, Corpus):
+        if options:
+            raise PlanError(f"{', '.join(options)}: give these when you build the corpus")
+        return sequences
+    limit = _context(model)
+    context = options.pop("context", None)
+    if context is not None and limit is not None and context > limit:
+        raise PlanError(f"context {context} is more than the model's {limit} positions")
+    return build(
+        sequences,
+        tokenizer,
+        context=context or limit,
+        vocab_size=_vocab_size(model),
+        **options,
+    )
+
+
+def plan_model(
+    model: nn.Module,
+    tokenizer: Any,
+    corpus: Corpus,
+    *,
+    stages: Sequence[str] = MLP_STAGES,
+    layers: str | Sequence[int] | None = None,
+    dtype: str | None = None,
+    buffer: int | str = "1GiB",
+    passes: int = 1,
+    batch_tokens: int | None = None,
+    padding_side: str = "right",
+    name: str | None = None,
+) -> tuple[Plan, list[HookPoint]]:
+    """Plan a dump; see `dump` for the parameters. Works on a model on the meta device, too."""
+    model = base_model(model)
+    config = _config(model)
+    points = resolve(config, stages, layers)
+    found = probe(model, points)
+    device = _device(model)
+    specs = []
+    for stage in dict.fromkeys(p.stage for p in points):
+        members = [(p.layer, *found[i]) for i, p in enumerate(points) if p.stage == stage]
+        widths = {width for _, width, _ in members}
+        kinds = {str(kind).removeprefix("torch.") for _, _, kind in members}
+        if len(widths) > 1 or len(kinds) > 1:
+            raise PlanError(
+                f"stage {stage} has widths {sorted(widths)} and types {sorted(kinds)} over its "
+                "layers: an array needs one, so capture those layers as stages of their own"
+            )
+        specs.append(
+            StageSpec(
+                stage,
+                tuple(layer for layer, _, _ in members),
+                widths.pop(),
+                _storable(kinds.pop()),
+                head_count(config) if stage == "attn_z" else None,
+            )
+        )
+    plan = Plan.build(
+        corpus,
+        specs,
+        dtype=dtype,
+        buffer=buffer,
+        passes=passes,
+        batch_tokens=batch_tokens or _BATCH_TOKENS.get(device.type, 1024),
+        padding_side=padding_side,
+        provenance=_provenance(model, tokenizer, device, name),
+    )
+    return plan, points
+
+
+# -- filling -------------------------------------------------------------------------------
+
+
+def fill(
+    model: nn.Module,
+    points: Sequence[HookPoint],
+    writer: Writer,
+    progress: Callable[[Progress], None] | None = None,
+    staged: bool | None = None,
+) -> None:
+    """Run every batch that touches a missing block, and put what the hooks see.
+
+    Parameters
+    ----------
+    model : Module
+        Without its head.
+    points : sequence of HookPoint
+        What to capture.
+    writer : Writer
+        Entered.
+    progress : callable, optional
+        Called after every batch.
+    staged : bool, optional
+        Whether values go through staging buffers. Default: yes on a GPU. On the CPU only tests
+        ask for it.
+    """
+    plan, device = writer.plan, _device(model)
+    staged = device.type != "cpu" if staged is None else staged
+    layer_index = {s.name: {n: i for i, n in enumerate(s.layers)} for s in plan.stages}
+    for index, group in enumerate(plan.passes):
+        mine = [p for p in points if layer_index[p.stage][p.layer] in group[p.stage]]
+        staging = _Staging(device, _largest_rows(plan)) if staged else None
+        sink = _Sink(writer, mine, staging)
+        with torch.inference_mode(), capture(model, mine, sink) as watch:
+            for seen, batch in zip(_running_tokens(plan), plan.batches, strict=True):
+                if writer.wants(plan.batch_blocks(batch), index):
+                    sink.pieces = _pieces(*plan.batch_places(batch), device)
+                    with suppress(_Enough):
+                        model(**batch_kwargs(plan, batch, model))
+                    watch.done()
+                if progress is not None:
+                    done = seen + index * plan.n_tokens
+                    progress(Progress(done, plan.n_tokens * len(plan.passes), writer.bytes_written))
+        if staging is not None:
+            staging.close()
+
+
+class _Sink:
+    """Takes what the hooks see to the writer, for the batch whose `pieces` are set."""
+
+    def __init__(self, writer: Writer, points: Sequence[HookPoint], staging: _Staging | None):
+        layouts = {s.name: s.layout for s in writer.plan.stages}
+        self._targets = [getattr(torch, layouts[p.stage].source_dtype) for p in points]
+        self._writer, self._points, self._staging = writer, points, staging
+        self._received = 0
+        self.pieces: list[tuple[slice | Tensor, int]] = []
+
+    def __call__(self, i: int, values: Tensor) -> None:
+        point = self._points[i]
+        rows = values.reshape(-1, values.shape[-1])
+        for source, token in self.pieces:
+            part = _cast(rows[source], self._targets[i])
+            if self._staging is None:
+                self._writer.put(point.stage, point.layer, token, _numpy(part))
+            else:
+                self._staging.send(part, self._writer, point, token)
+        self._received += 1
+        if self._received == len(self._points):
+            self._received = 0
+            raise _Enough  # the rest of the model is not needed; `probe` has run a whole pass
+
+
+def _running_tokens(plan: Plan) -> np.ndarray:
+    """Kept tokens of the batches up to and with each."""
+    per_sequence = np.diff(plan.first_token)
+    return np.cumsum([per_sequence[b.sequences].sum() for b in plan.batches])
+
+
+def batch_kwargs(plan: Plan, batch: Batch, model: nn.Module) -> dict[str, Any]:
+    """What the model is called with for one batch."""
+    starts, ids = plan.corpus.starts, plan.corpus.token_ids
+    rows = [ids[starts[s] : starts[s + 1]] for s in batch.sequences]
+    return batch_inputs(model, rows, plan.padding_side)
+
+
+def _pieces(
+    source: np.ndarray, token: np.ndarray, device: torch.device
+) -> list[tuple[slice | Tensor, int]]:
+    """Cut a batch's places into runs of consecutive tokens, each a slice where it can be one."""
+    pieces: list[tuple[slice | Tensor, int]] = []
+    for run in np.split(np.arange(len(token)), np.flatnonzero(np.diff(token) != 1) + 1):
+        rows = source[run]
+        if (np.diff(rows) == 1).all():
+            pieces.append((slice(int(rows[0]), int(rows[-1]) + 1), int(token[run[0]])))
+        else:
+            pieces.append((torch.from_numpy(rows).to(device), int(token[run[0]])))
+    return pieces
+
+
+def _cast(rows: Tensor, target: torch.dtype) -> Tensor:
+    """Round to bfloat16 where that is stored; float16 is cast by the writer, which checks."""
+    if target == torch.bfloat16:
+        return rows.to(torch.bfloat16)
+    return rows.float() if rows.dtype == torch.bfloat16 else rows
+
+
+def _numpy(rows: Tensor) -> np.ndarray:
+    bits = rows.contiguous().view(torch.uint16) if rows.dtype == torch.bfloat16 else rows
+    return bits.numpy()
+
+
+class _Staging:
+    """Pinned host buffers, filled by a side stream and emptied by a thread in order.
+
+    The model's stream never waits for the disk or the bus, until all slots are full.
+    """
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        self._cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self._cuda else None
+        self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        for _ in range(_STAGING_SLOTS):
+            self._free.put(torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._cuda))
+        self._filled: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._empty, name="actstore-staging", daemon=True)
+        self._thread.start()
+
+    def send(self, rows: Tensor, writer: Writer, point: HookPoint, token: int) -> None:
+        if self._error is not None:
+            raise self._error
+        slot = self._free.get()
+        rows = rows.contiguous()
+        host = slot[: rows.numel() * rows.element_size()].view(rows.dtype).view(rows.shape)
+        event = None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(rows.device))
+            with torch.cuda.stream(self._stream):
+                host.copy_(rows, non_blocking=True)
+                event = self._stream.record_event()
+            rows.record_stream(self._stream)
+        else:
+            host.copy_(rows)
+        self._filled.put((slot, host, event, writer, point, token))
+
+    def _empty(self) -> None:
+        while (item := self._filled.get()) is not None:
+            slot, host, event, writer, point, token = item
+            try:
+                if event is not None:
+                    event.synchronize()
+                if self._error is None:
+                    writer.put(point.stage, point.layer, token, _numpy(host))
+            except BaseException as error:
+                self._error = error
+            self._free.put(slot)
+
+    def close(self) -> None:
+        self._filled.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _largest_rows(plan: Plan) -> int:
+    """Bytes of the largest piece that a hook can send."""
+    rows = max(b.length * len(b.sequences) for b in plan.batches)
+    return rows * max(s.layout.width for s in plan.stages) * 4
+
+
+# -- facts about models --------------------------------------------------------------------
+
+
+def vocabulary(tokenizer: Any, size: int | None = None) -> np.ndarray:
+    """Text of every token id, with the leading space that some tokenizers hide.
+
+    Parameters
+    ----------
+    tokenizer : tokenizer
+        Of transformers.
+    size : int, optional
+        Number of ids; default the tokenizer's own.
+
+    Returns
+    -------
+    ndarray of str (vocab,)
+        Ids without a token are "".
+    """
+    known = len(tokenizer)
+    texts = np.full(max(size or 0, known), "", dtype=object)
+    raw = tokenizer.convert_ids_to_tokens(list(range(known)))
+    for i, token in enumerate(raw):
+        if token is None:
+            continue
+        text = tokenizer.decode([i])
+        hidden_space = token.startswith("▁") and not text.startswith(" ")
+        texts[i] = " " + text if hidden_space else text
+    return texts
+
+
+def _config(model: nn.Module) -> Mapping[str, Any]:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        raise ModelError(
+            f"{type(model).__name__} has no transformers configuration; for other models use "
+            "actstore.Writer with activations from your own loop"
+        )
+    return config.to_dict()
+
+
+def _vocab_size(model: nn.Module) -> int | None:
+    embeddings = getattr(base_model(model), "get_input_embeddings", lambda: None)()
+    return getattr(embeddings, "num_embeddings", None)
+
+
+def _context(model: nn.Module) -> int | None:
+    config = getattr(base_model(model), "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    # RoBERTa's and MPNet's positions start behind the padding id's.
+    if limit and getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "mpnet"):
+        limit -= getattr(config, "pad_token_id", 1) + 1
+    return limit
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _storable(kind: str) -> str:
+    return kind if kind in ("float16", "bfloat16") else "float32"
+
+
+def _provenance(
+    model: nn.Module, tokenizer: Any, device: torch.device, name: str | None
+) -> dict[str, Any]:
+    config = dict(_config(model))
+    given = name or config.get("_name_or_path") or type(model).__name__
+    for private in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        config.pop(private, None)
+    facts: dict[str, Any] = {
+        "model": {
+            "name": Path(given).name if os.path.isabs(given) else given,
+            "class": type(model).__name__,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "revision": getattr(model.config, "_commit_hash", None),
+            "sha256": _weights_digest(model),
+            "config": _plain(config),
+        },
+        "machine": {
+            "device": device.type,
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "attention": getattr(model.config, "_attn_implementation", None),
+        },
+        "versions": {p: _version(p) for p in ("actstore", "torch", "transformers")},
+    }
+    if tokenizer is not None:
+        facts["tokenizer"] = {
+            "class": type(tokenizer).__name__,
+            "size": len(tokenizer),
+            "sha256": hashlib.sha256(
+                repr(sorted(tokenizer.get_vocab().items())).encode()
+            ).hexdigest(),
+        }
+    return facts
+
+
+def _weights_digest(model: nn.Module) -> str | None:
+    """sha256 over every tensor's name, shape and crc32c; None on the meta device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.device.type == "meta":
+            return None
+        raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {crc32c(raw)}\n".encode())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able form of a configuration value."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

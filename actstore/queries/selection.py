@@ -1,0 +1,268 @@
+"""What a query is asked over: stages, layers, tokens, neurons, groups; resolved, nothing read.
+
+`data` may be a store, a path, or a labelled `xarray.DataArray` (layer, token, neuron) of the
+user's own; from here on they are all `Source`s.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ..errors import UnknownNameError, UsageError
+from ..schema import DIMS, Categorical, pick
+from ..select import parse
+from ..store import ShardedArray, Store, open_store
+
+__all__ = ["Data", "Groups", "Selection", "Source", "select"]
+
+Data = Store | xr.DataArray | str | os.PathLike[str]
+_SLICE_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Source:
+    """One stage's values, wherever they come from.
+
+    Attributes
+    ----------
+    stage : str
+    array : ShardedArray or array
+        (layer, token, neuron), sliceable.
+    layers : list of int
+        Coordinate of the array's first axis.
+    bounds : ndarray of int
+        Token numbers at which blocks begin and end.
+    token : str
+        What identifies the values, for sharing reads between queries.
+    heads : ndarray of int or None
+        Attention head of each neuron, where the stage is made of heads.
+    """
+
+    stage: str
+    array: Any
+    layers: list[int]
+    bounds: np.ndarray
+    token: str
+    heads: np.ndarray | None = None
+
+    @property
+    def width(self) -> int:
+        return int(self.array.shape[2])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Tokens split by a label column."""
+
+    name: str
+    codes: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A resolved question.
+
+    Attributes
+    ----------
+    sources : tuple of Source
+        One for each stage.
+    layers : dict of str to list of int
+        Layers asked, for each stage.
+    neurons : dict of str to ndarray of int
+        Neurons asked, for each stage.
+    mask : ndarray of bool or None
+        Tokens asked; None for all.
+    groups : Groups or None
+    attrs : dict
+        Provenance of the result.
+    """
+
+    sources: tuple[Source, ...]
+    layers: Mapping[str, list[int]]
+    neurons: Mapping[str, np.ndarray]
+    mask: np.ndarray | None
+    groups: Groups | None
+    attrs: dict[str, Any]
+
+
+def select(
+    data: Data,
+    stages: str | Sequence[str] | None,
+    layers: str | int | Sequence[int] | None,
+    tokens: str | np.ndarray | xr.DataArray | None,
+    neurons: str | int | Sequence[int] | None,
+    by: str | None,
+) -> Selection:
+    """Resolve the common parameters of a query.
+
+    Raises
+    ------
+    UnknownNameError
+        A stage, layer, neuron or column that is not there.
+    UsageError
+        A selection with no tokens, or data of the wrong kind.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        data = open_store(data)
+    frame = _StoreFrame(data) if isinstance(data, Store) else _ArrayFrame(data)
+    names = [s.strip() for s in stages.split(",")] if isinstance(stages, str) else stages
+    for name in names or ():
+        if name not in frame.stages:
+            raise UnknownNameError("stage", name, frame.stages)
+    sources = tuple(frame.source(name) for name in names or frame.stages)
+    mask = _mask(frame, tokens)
+    groups = _groups(frame, by)
+    used = frame.n_tokens if mask is None else int(np.count_nonzero(mask))
+    if not used:
+        raise UsageError(f"no token satisfies {tokens!r}: loosen the selection")
+    attrs = {
+        **frame.attrs,
+        "tokens": tokens if isinstance(tokens, str) else ("all" if tokens is None else "a mask"),
+        "tokens_used": used,
+        "tokens_excluded": frame.n_tokens - used,
+        "source": "scan",
+    }
+    return Selection(
+        sources,
+        _layers(sources, layers),
+        {s.stage: np.array(pick(neurons, range(s.width), "neuron")) for s in sources},
+        mask,
+        groups,
+        attrs,
+    )
+
+
+def _layers(
+    sources: Sequence[Source], layers: str | int | Sequence[int] | None
+) -> dict[str, list[int]]:
+    """Layers for each stage: a layer that some stages lack is taken from those that have it."""
+    chosen: dict[str, list[int]] = {}
+    failure: UnknownNameError | None = None
+    for source in sources:
+        try:
+            chosen[source.stage] = pick(layers, source.layers, "layer")
+        except UnknownNameError as error:
+            failure = error
+    if failure is not None:
+        widest = max(sources, key=lambda s: len(s.layers))
+        wanted = pick(layers, widest.layers, "layer")  # raises where no stage has the layer
+        for source in sources:
+            chosen[source.stage] = [n for n in wanted if n in source.layers]
+            if not chosen[source.stage]:
+                raise failure
+    return chosen
+
+
+def _mask(frame: _StoreFrame | _ArrayFrame, tokens: Any) -> np.ndarray | None:
+    if tokens is None or (isinstance(tokens, str) and not tokens.strip()):
+        return None
+    if isinstance(tokens, str):
+        expression = parse(tokens)
+        return expression.evaluate({name: frame.column(name) for name in expression.columns})
+    mask = np.asarray(tokens)
+    if mask.dtype != bool or mask.shape != (frame.n_tokens,):
+        raise UsageError(
+            f"tokens is an array of {mask.dtype} with shape {mask.shape}: give a boolean mask of "
+            f"shape ({frame.n_tokens},), or an expression such as 'position > 0'"
+        )
+    return mask
+
+
+def _groups(frame: _StoreFrame | _ArrayFrame, by: str | None) -> Groups | None:
+    if by is None:
+        return None
+    column = frame.column(by)
+    if not isinstance(column, Categorical):
+        values, codes = np.unique(column, return_inverse=True)
+        column = Categorical(codes.astype(np.int32), values)
+    if len(column.values) > 1000:
+        raise UsageError(
+            f"by={by!r} has {len(column.values):,} values: split by a column of at most 1,000"
+        )
+    return Groups(by, column.codes, column.values)
+
+
+class _StoreFrame:
+    """A store as data."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.stages = store.stages
+        self.n_tokens = store.n_tokens
+        self.attrs = {
+            "store": store.name,
+            "store_id": store.id,
+            "model": store.attrs.get("model", {}).get("name", ""),
+            "config_hash": store.attrs["config_hash"],
+        }
+
+    def column(self, name: str) -> np.ndarray | Categorical:
+        return self._store.column(name)
+
+    def source(self, stage: str) -> Source:
+        array = self._store.array(stage)
+        layers = self._store.attrs["capture"]["stages"][stage]["layers"]
+        rows = array.layout.rows if isinstance(array, ShardedArray) else _SLICE_TOKENS
+        bounds = _bounds(self.n_tokens, rows)
+        heads = self._store.heads(stage)
+        return Source(stage, array, layers, bounds, f"{self._store.id}/{stage}", heads)
+
+
+class _ArrayFrame:
+    """A labelled array of the user's own as data."""
+
+    def __init__(self, array: xr.DataArray) -> None:
+        if not isinstance(array, xr.DataArray):
+            raise UsageError(
+                f"data is a {type(array).__name__}: give a Store, a path, or an xarray.DataArray "
+                f"with dimensions {DIMS}"
+            )
+        missing = [d for d in ("token", "neuron") if d not in array.dims]
+        extra = [d for d in array.dims if d not in DIMS]
+        if missing or extra:
+            raise UsageError(
+                f"data has dimensions {array.dims}: it needs {DIMS} ('layer' may be left out)"
+            )
+        if "layer" not in array.dims:
+            array = array.expand_dims("layer")
+        self._array = array.transpose(*DIMS)
+        self.n_tokens = self._array.sizes["token"]
+        self.stages = [str(self._array.name or "activation")]
+        self.attrs: dict[str, Any] = {}
+
+    def column(self, name: str) -> np.ndarray | Categorical:
+        own = [str(c) for c, v in self._array.coords.items() if v.dims == ("token",)]
+        if name not in own:
+            raise UnknownNameError("column", name, own)
+        values = self._array.coords[name].values
+        if values.dtype.kind in "OUT":
+            return Categorical.of([str(v) for v in values])
+        return values
+
+    def source(self, stage: str) -> Source:
+        array = self._array
+        chunks = dict(zip(array.dims, array.chunks, strict=True)) if array.chunks else {}
+        lengths = chunks.get("token")
+        bounds = (
+            np.concatenate([[0], np.cumsum(lengths)])
+            if lengths
+            else _bounds(self.n_tokens, _SLICE_TOKENS)
+        )
+        layers = (
+            [int(n) for n in array.coords["layer"].values]
+            if "layer" in array.coords
+            else list(range(array.sizes["layer"]))
+        )
+        heads = array.coords["head"].values if "head" in array.coords else None
+        return Source(stage, array.data, layers, bounds, f"array-{id(array.data):x}", heads)
+
+
+def _bounds(tokens: int, rows: int) -> np.ndarray:
+    return np.append(np.arange(0, tokens, rows), tokens)

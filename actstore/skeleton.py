@@ -1,0 +1,226 @@
+"""The hierarchy of a store without its activations: labels, arrays' metadata, groups.
+
+Built in memory with xarray and zarr themselves, so that the metadata is theirs to the letter;
+the writer then makes the objects durable one by one. The groups' own `zarr.json` come last, at
+seal, and the root's last of all: until then stock tools find no store.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import MemoryStore
+
+from .plan import Plan, StagePlan
+from .schema import DIMS, STAGES, TOKEN_COORDS, Categorical, layer_name
+
+__all__ = ["Skeleton", "build"]
+
+LABEL_CHUNK = 2**20
+MAX_FLAGS = 1024
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """Objects of a store by key.
+
+    Attributes
+    ----------
+    objects : dict
+        Label arrays and all arrays' metadata: written when the dump begins.
+    groups : dict
+        The groups' `zarr.json`, consolidated, the root's (key "zarr.json") last: written at seal.
+    """
+
+    objects: dict[str, bytes]
+    groups: dict[str, bytes]
+
+
+def build(plan: Plan, vocabulary: np.ndarray | None, attributes: Mapping[str, Any]) -> Skeleton:
+    """Lay out the empty store of a plan.
+
+    Parameters
+    ----------
+    plan : Plan
+        What will be in it.
+    vocabulary : ndarray of str or None
+        Text of each token id.
+    attributes : mapping
+        The root's ``actstore`` attribute.
+    """
+    memory = MemoryStore()
+    zarr.create_group(memory, zarr_format=3, attributes={"actstore": dict(attributes)})
+    _write(memory, "inputs", _inputs(plan))
+    _write(memory, "sequences", _sequences(plan))
+    if vocabulary is not None:
+        _write(memory, "vocabulary", _vocabulary(vocabulary))
+    for stage in plan.stages:
+        coords = _stage_coords(plan, stage)
+        _write(memory, stage.name, coords)
+        _create_activation(memory, plan, stage, [str(name) for name in coords.coords])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        for stage in plan.stages:
+            zarr.consolidate_metadata(memory, path=stage.name, zarr_format=3)
+        zarr.consolidate_metadata(memory, zarr_format=3)
+    everything = {key: value.to_bytes() for key, value in memory._store_dict.items()}
+    groups = {k: v for k, v in everything.items() if _is_group(k, v)}
+    objects = {k: v for k, v in sorted(everything.items()) if k not in groups}
+    inner = {k: v for k, v in sorted(groups.items()) if k != "zarr.json"}
+    return Skeleton(objects, {**inner, "zarr.json": groups["zarr.json"]})
+
+
+def _is_group(key: str, value: bytes) -> bool:
+    return key.endswith("zarr.json") and json.loads(value)["node_type"] == "group"
+
+
+def _write(memory: MemoryStore, group: str, dataset: xr.Dataset) -> None:
+    encoding = {
+        name: {"chunks": (min(LABEL_CHUNK, max(1, var.size)),)}
+        for name, var in dataset.variables.items()
+        if var.ndim == 1
+    }
+    with warnings.catch_warnings():
+        # Variable-length strings work in every zarr that exists, but await a specification.
+        warnings.filterwarnings("ignore", category=zarr.errors.UnstableSpecificationWarning)
+        warnings.filterwarnings("ignore", message=".*vlen-utf8.*")
+        dataset.to_zarr(
+            memory, group=group, zarr_format=3, consolidated=False, encoding=encoding, mode="a"
+        )
+
+
+def _create_activation(
+    memory: MemoryStore, plan: Plan, stage: StagePlan, coordinates: list[str]
+) -> None:
+    layout = stage.layout
+    blosc = BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=4)
+    zarr.create_array(
+        memory,
+        name=f"{stage.name}/activation",
+        shape=(len(stage.layers), plan.n_tokens, layout.width),
+        shards=(1, layout.rows, layout.width),
+        chunks=(1, layout.chunk_rows, layout.chunk_width),
+        dtype=layout.dtype,
+        compressors=[*([blosc] if layout.compressed else []), Crc32cCodec()],
+        fill_value=float("nan"),
+        dimension_names=DIMS,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        attributes={
+            "long_name": f"{stage.name} activation",
+            "description": STAGES.get(stage.name, f"value at the module path named {stage.name}"),
+            "units": "1",
+            "source_dtype": layout.source_dtype,
+            "coordinates": " ".join(c for c in coordinates if c not in DIMS),
+        },
+        zarr_format=3,
+    )
+
+
+def _inputs(plan: Plan) -> xr.Dataset:
+    corpus = plan.corpus
+    columns: dict[str, Any] = {
+        "token_id": corpus.token_ids,
+        "sequence": corpus.sequence.astype(np.int32),
+        "position": corpus.position.astype(np.int32),
+        "special": corpus.special,
+        "kept": corpus.keep,
+    }
+    described = {
+        **TOKEN_COORDS,
+        "special": "token that the tokenizer adds or reserves",
+        "kept": "whether the token's activations are in the store",
+    }
+    if corpus.char_start is not None and corpus.char_end is not None:
+        columns |= {"char_start": corpus.char_start, "char_end": corpus.char_end}
+        described |= {
+            "char_start": "first character of the token in the text of its sequence",
+            "char_end": "end of the token in the text of its sequence",
+        }
+    variables = {k: ("input", v, {"long_name": described[k]}) for k, v in columns.items()}
+    labels = {k: _label("input", k, v) for k, v in corpus.token_labels.items()}
+    return xr.Dataset(variables | labels)
+
+
+def _sequences(plan: Plan) -> xr.Dataset:
+    corpus = plan.corpus
+    starts = corpus.starts[:-1].astype(np.int64)
+    variables: dict[str, Any] = {
+        "start": ("sequence", starts, {"long_name": "first token, as an index into inputs/"}),
+        "length": ("sequence", np.diff(corpus.starts).astype(np.int32), {"long_name": "tokens"}),
+    }
+    if corpus.texts is not None:
+        text = np.array(corpus.texts, dtype=object)
+        variables["text"] = ("sequence", text, {"long_name": "text of the sequence"})
+    for name, column in corpus.sequence_labels.items():
+        variables[name] = _label("sequence", name, column)
+    return xr.Dataset(variables)
+
+
+def _vocabulary(vocabulary: np.ndarray) -> xr.Dataset:
+    text = np.asarray(vocabulary, dtype=object)
+    return xr.Dataset({"token_text": ("vocab", text, {"long_name": "text of the token"})})
+
+
+def _stage_coords(plan: Plan, stage: StagePlan) -> xr.Dataset:
+    corpus, kept = plan.corpus, plan.kept
+    sequence = corpus.sequence[kept]
+    columns = {
+        "input": kept.astype(np.int64),
+        "sequence": sequence.astype(np.int32),
+        "position": corpus.position[kept].astype(np.int32),
+        "token_id": corpus.token_ids[kept],
+    }
+    coords: dict[str, Any] = {
+        k: ("token", v, {"long_name": TOKEN_COORDS[k]}) for k, v in columns.items()
+    }
+    for name, column in corpus.sequence_labels.items():
+        if not _many_values(column):
+            coords[name] = _label("token", name, column[sequence])
+    for name, column in corpus.token_labels.items():
+        if not _many_values(column):
+            coords[name] = _label("token", name, column[kept])
+    layers = np.array(stage.layers, np.int64)
+    coords["layer"] = ("layer", layers, {"long_name": "block index, as the model counts"})
+    neurons = np.arange(stage.layout.width)
+    coords["neuron"] = ("neuron", neurons, {"long_name": "index into the stage's width"})
+    if stage.name == "hidden":
+        names = np.array([layer_name(stage.name, n) for n in stage.layers], dtype=object)
+        coords["layer_name"] = ("layer", names)
+    if stage.heads:
+        head = neurons // (stage.layout.width // stage.heads)
+        coords["head"] = ("neuron", head.astype(np.int32), {"long_name": "attention head"})
+    return xr.Dataset(coords=coords)
+
+
+def _many_values(column: np.ndarray | Categorical) -> bool:
+    """Whether a column has too many values to be spelt out as flags beside every token.
+
+    Such columns stay in sequences/ (or inputs/), a look-up away.
+    """
+    return isinstance(column, Categorical) and len(column.values) > MAX_FLAGS
+
+
+def _label(dim: str, name: str, column: np.ndarray | Categorical) -> tuple[Any, ...]:
+    """A label column as a variable; strings as codes with CF flags."""
+    if not isinstance(column, Categorical):
+        return (dim, column, {"long_name": name})
+    if _many_values(column):
+        return (dim, column.decode(), {"long_name": name})
+    values = [str(v) for v in column.values]
+    codes = column.codes.astype(np.min_scalar_type(max(len(values) - 1, 1)))
+    attributes = {
+        "long_name": name,
+        "flag_values": list(range(len(values))),
+        # CF separates meanings by blanks; `label_values` keeps the text itself.
+        "flag_meanings": " ".join("_".join(v.split()) or "_" for v in values),
+        "label_values": values,
+    }
+    return (dim, codes, attributes)

@@ -1,0 +1,245 @@
+"""Objects by key under one root: durable atomic writes, ranged reads, counted.
+
+The rest of the package names objects by "/"-separated keys and never touches paths, so that
+another kind of storage (an object store) is another class with these methods.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from .errors import CorruptStoreError, WriteError
+
+__all__ = ["LocalStorage", "aligned_buffer", "counters"]
+
+_PAGE = 4096
+_PARTIAL = ".partial"
+
+
+class Counters:
+    """Reads and bytes of shard data, for tests and for `bytes_read` in results."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.reads = 0
+        self.bytes = 0
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self.reads += 1
+            self.bytes += nbytes
+
+    def reset(self) -> None:
+        with self._lock:
+            self.reads = self.bytes = 0
+
+
+counters = Counters()
+
+
+def aligned_buffer(nbytes: int) -> np.ndarray:
+    """Zeroed bytes at a page boundary, padded to whole pages, as direct I/O wants them."""
+    return np.frombuffer(mmap.mmap(-1, max(1, -(-nbytes // _PAGE)) * _PAGE), np.uint8)
+
+
+class LocalStorage:
+    """A folder. Writes go to a temporary name, are synced, then renamed.
+
+    Parameters
+    ----------
+    root : path
+        The folder; it need not exist yet.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+
+    def __repr__(self) -> str:
+        return f"LocalStorage({str(self.root)!r})"
+
+    def path(self, key: str) -> Path:
+        return self.root / key
+
+    # -- reading ---------------------------------------------------------------------------
+
+    def exists(self, key: str) -> bool:
+        return self.path(key).exists()
+
+    def size(self, key: str) -> int | None:
+        """Bytes of an object, None where there is none."""
+        try:
+            return self.path(key).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def get(self, key: str) -> bytes | None:
+        """A whole object, None where there is none."""
+        try:
+            return self.path(key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+
+    def keys(self, prefix: str) -> list[str]:
+        """Keys of the objects directly in a folder, sorted; unfinished writes left out."""
+        try:
+            with os.scandir(self.path(prefix)) as entries:
+                names = [e.name for e in entries if not e.name.endswith(_PARTIAL)]
+        except FileNotFoundError:
+            return []
+        return [f"{prefix}/{name}" for name in sorted(names)]
+
+    @contextmanager
+    def reader(self, key: str) -> Iterator[LocalReader]:
+        """Ranged reads of one object; a missing object is an error that says so."""
+        try:
+            fd = os.open(self.path(key), os.O_RDONLY)
+        except FileNotFoundError:
+            raise CorruptStoreError(
+                f"{key} is missing from {self.root}: run `actstore verify` to see what else is, "
+                "and the same dump again to redo just that"
+            ) from None
+        try:
+            yield LocalReader(fd, key)
+        finally:
+            os.close(fd)
+
+    # -- writing ---------------------------------------------------------------------------
+
+    def put(self, key: str, data: bytes | np.ndarray, nbytes: int | None = None) -> None:
+        """Write an object so that it is there whole or not at all; the folder is not synced.
+
+        Parameters
+        ----------
+        key : str
+            Where.
+        data : bytes or ndarray of uint8
+            What. An `aligned_buffer` is written past the page cache where the system allows.
+        nbytes : int, optional
+            Length of the object when `data` is a longer aligned buffer.
+        """
+        path = self.path(key)
+        partial = path.with_name(path.name + _PARTIAL)
+        view = memoryview(data)
+        nbytes = view.nbytes if nbytes is None else nbytes
+        try:
+            if not (view.nbytes % _PAGE == 0 and _write_direct(partial, view, nbytes)):
+                _write_buffered(partial, view[:nbytes])
+            os.rename(partial, path)
+        except BaseException:
+            # The partial file of a failed write would only take up the room that is short.
+            partial.unlink(missing_ok=True)
+            raise
+
+    def make_folder(self, prefix: str) -> None:
+        self.path(prefix).mkdir(parents=True, exist_ok=True)
+
+    def sync_folder(self, prefix: str) -> None:
+        """Make the names in a folder durable."""
+        fd = os.open(self.path(prefix), os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def put_durable(self, key: str, data: bytes) -> None:
+        """`put`, folders made as needed, and the name itself durable."""
+        folder = key.rpartition("/")[0]
+        self.make_folder(folder)
+        self.put(key, data)
+        self.sync_folder(folder)
+
+    def delete(self, key: str) -> None:
+        self.path(key).unlink(missing_ok=True)
+
+    def free_bytes(self) -> int:
+        """Room left where the root is or will be."""
+        place = self.root.absolute()
+        while not place.exists():
+            place = place.parent
+        status = os.statvfs(place)
+        return status.f_bavail * status.f_frsize
+
+    @contextmanager
+    def lock(self, name: str, shared: bool = False) -> Iterator[None]:
+        """Hold an advisory lock on a folder or file for a while; it dies with the process."""
+        path = self.path(name)
+        fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDONLY | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise WriteError(
+                        f"{self.root} is being written by another process: wait for it to end, "
+                        "or choose another output"
+                    ) from None
+                # A file system without locks: the writer works all the same, unguarded.
+            yield
+        finally:
+            os.close(fd)
+
+
+class LocalReader:
+    """Ranged reads of one open file."""
+
+    def __init__(self, fd: int, key: str) -> None:
+        self._fd = fd
+        self.key = key
+        self.nbytes = os.fstat(fd).st_size
+
+    def read_into(self, buffer: np.ndarray, offset: int) -> None:
+        """Fill `buffer` (uint8) from `offset` on; a short file is an error."""
+        done = 0
+        while done < len(buffer):
+            got = os.preadv(self._fd, [buffer[done:]], offset + done)
+            if got == 0:
+                raise CorruptStoreError(f"{self.key} is truncated at {self.nbytes} bytes")
+            done += got
+        counters.add(done)
+
+
+def _write_buffered(path: Path, view: memoryview) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        _write_all(fd, view)
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_direct(path: Path, view: memoryview, nbytes: int) -> bool:
+    """Write whole pages past the page cache, then cut to length; False where not supported."""
+    direct = getattr(os, "O_DIRECT", 0)
+    if not direct:
+        return False
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | direct, 0o666)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    try:
+        _write_all(fd, view[: -(-nbytes // _PAGE) * _PAGE])
+        os.ftruncate(fd, nbytes)
+        os.fdatasync(fd)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    finally:
+        os.close(fd)
+    return True
+
+
+def _write_all(fd: int, view: memoryview) -> None:
+    while view.nbytes:
+        view = view[os.write(fd, view) :]

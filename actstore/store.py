@@ -1,0 +1,592 @@
+"""Open a store: labelled lazy arrays, tokens, context text, verification."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+import zarr
+from crc32c import crc32c
+
+from . import journal
+from .errors import (
+    CorruptStoreError,
+    NewerFormatError,
+    NotAStoreError,
+    UnfinishedStoreError,
+    UnknownNameError,
+    UsageError,
+)
+from .journal import Record, ShardRecord
+from .schema import FORMAT, STAGES, TOKEN_COORDS, Categorical
+from .shard import Layout, read_shard
+from .storage import LocalStorage
+
+__all__ = ["Problem", "ShardedArray", "Store", "open_store", "verify"]
+
+
+class ShardedArray:
+    """One stage's activations, read shard by shard with every checksum checked.
+
+    Behaves as an array to dask: ``array[layer, tokens, neurons]`` with slices reads just the inner
+    chunks that the slices meet. Holds a path, never an open handle, so it can be sent to workers.
+
+    Attributes
+    ----------
+    shape, dtype, ndim
+        Of the whole array (layer, token, neuron).
+    """
+
+    ndim = 3
+
+    def __init__(self, root: str, folder: str, shape: tuple[int, int, int], layout: Layout) -> None:
+        self.root, self.folder, self.shape, self.layout = root, folder, shape, layout
+        self.dtype = np.dtype(layout.dtype)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        wanted, squeeze = [], []
+        for axis, (part, size) in enumerate(zip(_three(key), self.shape, strict=True)):
+            if isinstance(part, (int, np.integer)):
+                wanted.append(range(size)[int(part) : int(part) + 1 or None])
+                squeeze.append(axis)
+            else:
+                wanted.append(range(size)[part])
+        if not all(wanted):
+            return np.empty([len(w) for i, w in enumerate(wanted) if i not in squeeze], self.dtype)
+        layers, tokens, neurons = (_hull(w) for w in wanted)
+        out = np.empty([_length(s) for s in (layers, tokens, neurons)], self.dtype)
+        for i, layer in enumerate(range(layers.start, layers.stop)):
+            self._read(layer, tokens, neurons, out[i])
+        steps = tuple(slice(None, None, w.step) for w in wanted)
+        return np.squeeze(out[steps], tuple(squeeze))
+
+    def _read(self, layer: int, tokens: slice, neurons: slice, out: np.ndarray) -> None:
+        storage, rows = LocalStorage(self.root), self.layout.rows
+        for block in range(tokens.start // rows, -(-tokens.stop // rows)):
+            top = block * rows
+            a, b = max(tokens.start, top), min(tokens.stop, top + rows)
+            with storage.reader(f"{self.folder}/c.{layer}.{block}.0") as reader:
+                target = out[a - tokens.start : b - tokens.start]
+                read_shard(self.layout, reader, slice(a - top, b - top), neurons, target)
+
+
+def _three(key: Any) -> tuple[Any, Any, Any]:
+    key = key if isinstance(key, tuple) else (key,)
+    if Ellipsis in key:
+        at = key.index(Ellipsis)
+        key = key[:at] + (slice(None),) * (4 - len(key)) + key[at + 1 :]
+    return (*key, *(slice(None),) * (3 - len(key)))  # type: ignore[return-value]
+
+
+def _hull(values: range) -> slice:
+    """The smallest slice of step 1 that covers a range."""
+    return slice(min(values[0], values[-1]), max(values[0], values[-1]) + 1)
+
+
+def _length(s: slice) -> int:
+    return s.stop - s.start
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that `verify` found wrong."""
+
+    key: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.what}"
+
+
+class Store:
+    """A sealed store, read only. Open one with `actstore.open`.
+
+    Indexing with a stage name gives a lazy `xarray.DataArray` (layer, token, neuron).
+
+    Attributes
+    ----------
+    path : str
+        Where it is.
+    attrs : dict
+        The root's ``actstore`` attribute: format, model, tokenizer, capture, versions ...
+    """
+
+    def __init__(self, path: str, root: Mapping[str, Any]) -> None:
+        self.path = path
+        self.attrs: dict[str, Any] = root["attributes"]["actstore"]
+        self._nodes: dict[str, Any] = root["consolidated_metadata"]["metadata"]
+        self._storage = LocalStorage(path)
+
+    # -- what there is -----------------------------------------------------------------------
+
+    @cached_property
+    def stages(self) -> list[str]:
+        """Stage names, in the order in which a block computes them."""
+        found = [k.removesuffix("/activation") for k in self._nodes if k.endswith("/activation")]
+        order = {name: i for i, name in enumerate(STAGES)}
+        return sorted(found, key=lambda name: (order.get(name, len(order)), name))
+
+    @property
+    def id(self) -> str:
+        """Digest of all that the store holds."""
+        return self.attrs["id"]
+
+    @property
+    def n_tokens(self) -> int:
+        return self.attrs["corpus"]["tokens"]
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    def __repr__(self) -> str:
+        lines = (
+            [f"<actstore.Store {self.name}: {self.attrs['model']['name']}>"] if self._model else []
+        )
+        lines = lines or [f"<actstore.Store {self.name}>"]
+        lines.append(f"{self.n_tokens:,} tokens of {self.attrs['corpus']['sequences']:,} sequences")
+        for stage, row in self.info()["stages"].items():
+            layers = row["layers"]
+            lines.append(
+                f"  {stage:<11} {len(layers):>3} layers × {row['width']:>6,} neurons  "
+                f"{row['dtype']:<9} {row['nbytes'] / 1e6:>10,.1f} MB"
+            )
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(stage)}</th>"
+            f"<td>{len(row['layers'])}</td>"
+            f"<td>{row['width']:,}</td><td>{row['dtype']}</td><td>{row['nbytes'] / 1e6:,.1f}</td>"
+            f"<td style='text-align:left'>{html.escape(row['meaning'])}</td></tr>"
+            for stage, row in self.info()["stages"].items()
+        )
+        model = html.escape(self.attrs["model"]["name"]) if self._model else "activations"
+        return (
+            f"<div><b>{html.escape(self.name)}</b>: {model}, {self.n_tokens:,} tokens of "
+            f"{self.attrs['corpus']['sequences']:,} sequences"
+            "<table><tr><th>stage</th><th>layers</th><th>neurons</th><th>type</th><th>MB</th>"
+            f"<th>meaning</th></tr>{rows}</table></div>"
+        )
+
+    @property
+    def _model(self) -> Mapping[str, Any] | None:
+        return self.attrs.get("model")
+
+    def info(self) -> dict[str, Any]:
+        """What the store holds, JSON only: stages with layers, widths, types and bytes."""
+        stages = {}
+        for stage in self.stages:
+            node = self._nodes[f"{stage}/activation"]
+            kept = self.attrs["capture"]["stages"][stage]
+            item = 2 if kept["dtype"] in ("bfloat16", "float16") else 4
+            stages[stage] = {
+                "layers": kept["layers"],
+                "width": kept["width"],
+                "dtype": kept["dtype"],
+                "nbytes": int(np.prod(node["shape"], dtype=np.int64)) * item,
+                "meaning": node["attributes"].get("description", ""),
+            }
+        return {
+            "name": self.name,
+            "id": self.id,
+            "format": self.attrs["format"],
+            "tokens": self.n_tokens,
+            "sequences": self.attrs["corpus"]["sequences"],
+            "inputs": self.attrs["corpus"]["inputs"],
+            "block_tokens": self.attrs["capture"]["block_tokens"],
+            "stages": stages,
+            "labels": self.labels,
+            **{k: self.attrs[k] for k in ("model", "tokenizer", "versions") if k in self.attrs},
+            "notes": self.attrs.get("notes", {}),
+        }
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the label columns that tokens carry."""
+        members = [k.partition("/")[2] for k in self._nodes if k.startswith(f"{self.stages[0]}/")]
+        own = {"activation", "layer", "neuron", "layer_name", "head", *TOKEN_COORDS}
+        return [name for name in members if name not in own]
+
+    # -- data --------------------------------------------------------------------------------
+
+    def __getitem__(self, stage: str) -> xr.DataArray:
+        """A stage's activations, lazily, with all token coordinates attached."""
+        if stage not in self.stages:
+            raise UnknownNameError("stage", stage, self.stages, f"This is what {self.name} holds.")
+        return self._dataset(stage)["activation"]
+
+    def __contains__(self, stage: object) -> bool:
+        return stage in self.stages
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stages)
+
+    def array(self, stage: str) -> ShardedArray | zarr.Array:
+        """A stage's activations as a sliceable array, every checksum checked, without labels."""
+        node = self._nodes[f"{stage}/activation"]
+        layout = Layout.of_array(node)
+        if layout is None:  # a layout that is not ours still opens through zarr
+            return zarr.open_array(self.path, path=f"{stage}/activation", mode="r")
+        shape = tuple(node["shape"])
+        return ShardedArray(self.path, f"{stage}/activation", shape, layout)  # type: ignore[arg-type]
+
+    def heads(self, stage: str) -> np.ndarray | None:
+        """Attention head of each neuron, where a stage is made of heads."""
+        if f"{stage}/head" not in self._nodes:
+            return None
+        return zarr.open_array(self.path, path=f"{stage}/head", mode="r")[:]
+
+    def column(self, name: str) -> np.ndarray | Categorical:
+        """A column over the kept tokens, in memory: a coordinate, a label, ``token_text`` ...
+
+        Parameters
+        ----------
+        name : str
+            A coordinate or label of the tokens, ``special``, ``token_text``, or a column of
+            `sequences` (``length``, labels of many values).
+
+        Returns
+        -------
+        ndarray or Categorical (token,)
+
+        Raises
+        ------
+        UnknownNameError
+            With the columns that there are.
+        """
+        stage = self.stages[0]
+        if name in self._columns[stage]:
+            return self._read(f"{stage}/{name}")
+        if name == "token_text" and self.vocabulary is not None:
+            return Categorical(self._values(f"{stage}/token_id"), self.vocabulary)
+        if name in self._columns["inputs"]:
+            return self._read(f"inputs/{name}")[self._values(f"{stage}/input")]
+        if name in self._columns["sequences"]:
+            return self._read(f"sequences/{name}")[self._values(f"{stage}/sequence")]
+        texts = ["token_text"] if self.vocabulary is not None else []
+        every = [c for group in (stage, "inputs", "sequences") for c in self._columns[group]]
+        raise UnknownNameError("column", name, [*dict.fromkeys(every), *texts])
+
+    @cached_property
+    def _columns(self) -> dict[str, list[str]]:
+        """Names of the columns along tokens, inputs and sequences."""
+        dims = {self.stages[0]: "token", "inputs": "input", "sequences": "sequence"}
+        return {
+            group: [
+                key.partition("/")[2]
+                for key, node in self._nodes.items()
+                if key.startswith(f"{group}/") and node.get("dimension_names") == [dim]
+            ]
+            for group, dim in dims.items()
+        }
+
+    def _values(self, key: str) -> np.ndarray:
+        return zarr.open_array(self.path, path=key, mode="r")[:]
+
+    def _read(self, key: str) -> np.ndarray | Categorical:
+        values = self._values(key)
+        attributes = self._nodes[key]["attributes"]
+        if "label_values" in attributes:
+            return Categorical(values, np.array(attributes["label_values"], dtype=object))
+        if attributes.get("dtype") == "bool":
+            return values.astype(bool)
+        if values.dtype.kind not in "bifu":
+            return Categorical.of(list(values))
+        return values
+
+    def _dataset(self, stage: str) -> xr.Dataset:
+        dataset = self._group(stage)
+        array = self.array(stage)
+        if not isinstance(array, ShardedArray):
+            return dataset
+        shape, layout = array.shape, array.layout
+        lazy = da.from_array(
+            array,
+            chunks=((1,) * shape[0], _chunks(shape[1], layout.rows), (shape[2],)),
+            asarray=False,
+            fancy=False,
+            name=f"{stage}-{self.id}",
+            meta=np.empty((0, 0, 0), array.dtype),
+        )
+        return dataset.assign(activation=dataset["activation"].copy(data=lazy))
+
+    def _group(self, group: str) -> xr.Dataset:
+        return xr.open_zarr(self.path, group=group, consolidated=False, chunks={})
+
+    @property
+    def tree(self) -> xr.DataTree:
+        """Everything as one `xarray.DataTree`, lazily."""
+        groups = [k for k, v in self._nodes.items() if v["node_type"] == "group"]
+        return xr.DataTree.from_dict(
+            {g: self._dataset(g) if g in self.stages else self._group(g) for g in groups}
+        )
+
+    @cached_property
+    def tokens(self) -> xr.Dataset:
+        """Coordinates of the kept tokens (token,): sequence, position, token_id, labels ..."""
+        return _decoded(
+            self._group(self.stages[0])
+            .drop_vars("activation")
+            .drop_dims(["layer", "neuron"], errors="ignore")
+            .reset_coords()
+        )
+
+    @cached_property
+    def inputs(self) -> xr.Dataset:
+        """Every input token (input,), kept or not."""
+        return _decoded(self._group("inputs"))
+
+    @cached_property
+    def sequences(self) -> xr.Dataset:
+        """One row a sequence (sequence,): text, start, length, labels."""
+        return _decoded(self._group("sequences"))
+
+    @cached_property
+    def vocabulary(self) -> np.ndarray | None:
+        """Text of each token id; None where no tokenizer was given."""
+        if "vocabulary" not in self._nodes:
+            return None
+        return self._group("vocabulary")["token_text"].values
+
+    def decode(self, token: int, before: int = 10, after: int = 0) -> str:
+        """Text around a kept token, from all inputs of its sequence, kept or not.
+
+        Parameters
+        ----------
+        token : int
+            Index along the store's token dimension.
+        before, after : int
+            How many input tokens to show on either side, within the sequence.
+
+        Returns
+        -------
+        str
+            The original text where the store has it; else the tokens' own texts, one after
+            another (or their ids, where there was no tokenizer).
+        """
+        if not -self.n_tokens <= token < self.n_tokens:
+            raise UsageError(f"token {token} is not within the store's {self.n_tokens:,}")
+        at = int(self.tokens["input"][token])
+        sequence = int(self.tokens["sequence"][token])
+        start = int(self.sequences["start"][sequence])
+        stop = start + int(self.sequences["length"][sequence])
+        window = slice(max(start, at - before), min(stop, at + after + 1))
+        inputs = self.inputs.isel(input=window)
+        if "text" in self.sequences and "char_start" in inputs:
+            spans = np.stack([inputs["char_start"].values, inputs["char_end"].values])
+            spans = spans[:, spans[0] < spans[1]]  # special tokens have no text
+            text = str(self.sequences["text"][sequence].values)
+            return text[spans[0].min() : spans[1].max()] if spans.size else ""
+        ids = inputs["token_id"].values
+        if self.vocabulary is None:
+            return " ".join(map(str, ids))
+        return "".join(self.vocabulary[ids])
+
+
+def _chunks(size: int, step: int) -> tuple[int, ...]:
+    whole, rest = divmod(size, step)
+    return (step,) * whole + ((rest,) if rest else ())
+
+
+def _decoded(dataset: xr.Dataset) -> xr.Dataset:
+    """Label codes as their text, lazily."""
+    columns = {}
+    for name, variable in dataset.data_vars.items():
+        values = variable.attrs.get("label_values")
+        if values is not None:
+            table = np.array(values, dtype=object)
+            decoded = xr.apply_ufunc(
+                lambda codes, table=table: table[codes],
+                variable,
+                dask="parallelized",
+                output_dtypes=[object],
+            )
+            columns[name] = decoded.assign_attrs(long_name=variable.attrs.get("long_name", name))
+    return dataset.assign(columns)
+
+
+# -- opening -------------------------------------------------------------------------------
+
+
+def open_store(path: str | os.PathLike[str]) -> Store:
+    """Open a sealed store.
+
+    Parameters
+    ----------
+    path : path
+        The store's folder.
+
+    Returns
+    -------
+    Store
+
+    Raises
+    ------
+    NotAStoreError
+        There is nothing, or something else, at the path.
+    UnfinishedStoreError
+        The dump that writes it has not ended; says how far it is and how to go on.
+    NewerFormatError
+        It needs a newer actstore.
+    CorruptStoreError
+        Its metadata is damaged or does not match its manifest.
+    """
+    storage = LocalStorage(path)
+    shown = os.fspath(path)
+    data = storage.get("zarr.json")
+    if data is None:
+        raise _not_open(storage, shown)
+    try:
+        root = json.loads(data)
+        attributes = root["attributes"]["actstore"]
+        newer = int(attributes["format"]) > FORMAT
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise NotAStoreError(
+            f"{shown} is not a store of actstore's: its zarr.json has no such attribute. Open it "
+            "with xarray.open_zarr instead"
+        ) from None
+    if newer:
+        raise NewerFormatError(
+            f"{shown} has format {attributes['format']} and this version reads up to {FORMAT}: "
+            "pip install -U actstore"
+        )
+    store = Store(os.path.abspath(shown), root)
+    _check_manifest(store, storage)
+    return store
+
+
+def _check_manifest(store: Store, storage: LocalStorage) -> None:
+    """Compare the root with the manifest: one small read, whatever the number of shards."""
+    data = storage.get(journal.MANIFEST)
+    if data is None:
+        raise CorruptStoreError(
+            f"{journal.MANIFEST} is missing from {storage.root}: run the same dump again to seal it"
+        )
+    try:
+        manifest = journal.opened_json(data)
+    except CorruptStoreError as error:
+        raise CorruptStoreError(f"{journal.MANIFEST} in {storage.root}: {error}") from None
+    if manifest.get("id") != store.attrs.get("id"):
+        raise CorruptStoreError(
+            f"{storage.root} was put together from two stores: its root says id "
+            f"{store.attrs.get('id')}, its manifest {manifest.get('id')}"
+        )
+
+
+def _not_open(storage: LocalStorage, shown: str) -> NotAStoreError | UnfinishedStoreError:
+    if not storage.root.exists():
+        beside = storage.root.absolute().parent
+        stores = sorted(p.name for p in beside.glob("*.zarr")) if beside.is_dir() else []
+        here = f" Beside it: {', '.join(stores[:8])}." if stores else ""
+        return NotAStoreError(f"{shown} does not exist.{here}")
+    stored = journal.read_plan(storage)
+    if stored is None:
+        return NotAStoreError(f"{shown} is not a store: it has neither zarr.json nor a journal")
+    total = stored["blocks"] * stored["passes"]
+    done = sum(
+        storage.exists(journal.record_key(p, b))
+        for p in range(stored["passes"])
+        for b in range(stored["blocks"])
+    )
+    return UnfinishedStoreError(
+        f"{shown} is not finished: {done} of {total} blocks are complete. Run the same dump "
+        "command again to go on with it"
+    )
+
+
+# -- verifying -----------------------------------------------------------------------------
+
+
+def verify(path: str | os.PathLike[str]) -> Iterator[tuple[str, Problem | None]]:
+    """Read every object of a sealed store against its digest.
+
+    Parameters
+    ----------
+    path : path
+        The store.
+
+    Yields
+    ------
+    key : str
+        Each object, as it is checked.
+    problem : Problem or None
+        What is wrong with it. Rerunning the dump redoes just what is damaged.
+    """
+    storage = LocalStorage(path)
+    store = open_store(path)
+    manifest = journal.opened_json(storage.get(journal.MANIFEST) or b"")
+    for key, (size, checksum) in manifest["objects"].items():
+        yield key, _check_object(storage, key, size, checksum)
+    stored = journal.read_plan(storage) or {}
+    records = []
+    for index in range(stored["passes"]):
+        for block in range(stored["blocks"]):
+            key = journal.record_key(index, block)
+            record = Record.read(storage, index, block)
+            records.append(storage.get(key) or b"")
+            if record is None:
+                yield key, Problem(key, "the journal record is missing or damaged")
+                continue
+            yield key, None
+            for shard in record.shards:
+                yield shard.key, _check_shard(storage, store, shard, block, stored["tokens"])
+    if crc32c(b"".join(records)) != manifest["records"]["crc32c"]:
+        yield (
+            journal.MANIFEST,
+            Problem(journal.MANIFEST, "the journal is not the one that was sealed"),
+        )
+
+
+def object_count(path: str | os.PathLike[str]) -> int:
+    """How many objects `verify` will check."""
+    storage = LocalStorage(path)
+    store = open_store(path)
+    manifest = journal.opened_json(storage.get(journal.MANIFEST) or b"")
+    blocks = -(-store.n_tokens // store.attrs["capture"]["block_tokens"])
+    layers = sum(len(s["layers"]) for s in store.attrs["capture"]["stages"].values())
+    return len(manifest["objects"]) + manifest["records"]["count"] + blocks * layers
+
+
+def _check_object(storage: LocalStorage, key: str, size: int, checksum: int) -> Problem | None:
+    data = storage.get(key)
+    if data is None:
+        return Problem(key, "missing")
+    if len(data) != size:
+        return Problem(key, f"has {len(data):,} bytes instead of {size:,}")
+    if crc32c(data) != checksum:
+        return Problem(key, "its checksum does not match")
+    return None
+
+
+def _check_shard(
+    storage: LocalStorage, store: Store, shard: ShardRecord, block: int, tokens: int
+) -> Problem | None:
+    problem = _check_object(storage, shard.key, shard.nbytes, shard.checksum)
+    folder = shard.key.rpartition("/")[0]
+    layout = Layout.of_array(store._nodes[folder])
+    if problem is not None or layout is None:
+        return problem
+    rows = min(layout.rows, tokens - block * layout.rows)
+    values = np.empty((rows, layout.width), layout.dtype)
+    try:
+        with storage.reader(shard.key) as reader:
+            read_shard(layout, reader, slice(0, rows), slice(0, layout.width), values)
+    except CorruptStoreError as error:
+        return Problem(shard.key, str(error))
+    finite = values[np.isfinite(values)]
+    same = values.size - finite.size == shard.summary.nonfinite and (
+        not finite.size
+        or (float(finite.min()), float(finite.max()))
+        == (shard.summary.minimum, shard.summary.maximum)
+    )
+    return None if same else Problem(shard.key, "its values are not those that were summed up")

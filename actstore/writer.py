@@ -1,0 +1,501 @@
+"""Fill and seal: values in any order into whole shards, committed block by block.
+
+    with Writer("run.zarr", plan) as writer:
+        writer.put("mlp_post", layer=3, token=0, values=acts_tn)
+
+Values are copied into shard images (each a file in the making); a full shard goes to writer
+threads that check, sum and write it while the caller computes on; when all shards of a block are
+durable its journal record is committed. A killed writer loses the blocks in flight and nothing
+else. `dump` stands on this; people with their own loops use it directly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from crc32c import crc32c
+
+from . import journal, skeleton
+from .errors import (
+    ActstoreError,
+    HalfOverflowError,
+    NonFiniteError,
+    PlanError,
+    UnknownNameError,
+    UsageError,
+    WriteError,
+)
+from .journal import Record, ShardRecord
+from .plan import Plan, StagePlan
+from .pool import BufferPool
+from .schema import FORMAT
+from .shard import encode, summarise
+from .storage import LocalStorage
+
+__all__ = ["Writer"]
+
+_HALF_LIMIT = 65520.0  # the smallest magnitude that rounds to infinity in float16
+_DIRECTORY_SLACK = 2**20
+
+
+@dataclass
+class _OpenShard:
+    stage: StagePlan
+    layer_index: int
+    index: int  # of the pass
+    block: int
+    buffer: np.ndarray
+    image: np.ndarray
+    filled: np.ndarray  # bool (rows,)
+
+
+class Writer:
+    """Writes one store, or one rank's share of it.
+
+    Parameters
+    ----------
+    path : path
+        Where the store is or will be.
+    plan : Plan
+        From `Plan.build`.
+    vocabulary : ndarray of str, optional
+        Text of every token id, so that tokens can be read without the tokenizer.
+    rank, world_size : int
+        This process's number among those that write the store together, each a run of blocks.
+    threads : int, optional
+        Writer threads. Default: 1, or half the cores where shards are compressed.
+    allow_nonfinite : bool
+        Store NaN and inf instead of refusing them.
+
+    Raises
+    ------
+    PlanError
+        The path holds something else, or a store from other arguments.
+    WriteError
+        Another process writes there, or the disk is too small.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from actstore import Plan, StageSpec, Writer, build_corpus
+    >>> acts_tn = np.random.default_rng(0).normal(size=(5, 32)).astype("float32")
+    >>> corpus = build_corpus([[1, 2, 3], [4, 5]])
+    >>> plan = Plan.build(corpus, [StageSpec("mlp_post", layers=(0,), width=32)])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with Writer(f"{folder}/run.zarr", plan) as writer:
+    ...         writer.put("mlp_post", layer=0, token=0, values=acts_tn)
+    ...     writer.sealed
+    True
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        plan: Plan,
+        *,
+        vocabulary: np.ndarray | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int | None = None,
+        allow_nonfinite: bool = False,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise UsageError(f"rank {rank} is not below the world size {world_size}")
+        self.storage = LocalStorage(path)
+        self.plan = plan
+        self.rank, self.world_size = rank, world_size
+        self.allow_nonfinite = allow_nonfinite
+        self.sealed = False
+        self.repaired: list[str] = []
+        self.bytes_written = 0
+        self._vocabulary = vocabulary
+        compressed = any(s.layout.compressed for s in plan.stages)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._threads = threads or (max(2, (cores or 2) // 2) if compressed else 1)
+        self._pool = BufferPool(plan.buffer + _DIRECTORY_SLACK)
+        self._stages = {s.name: s for s in plan.stages}
+        self._pass_of = {
+            (name, i): p
+            for p, group in enumerate(plan.passes)
+            for name, indices in group.items()
+            for i in indices
+        }
+        self._shards_per_block = [sum(len(v) for v in group.values()) for group in plan.passes]
+        self._open: dict[tuple[str, int, int], _OpenShard] = {}
+        self._sent: dict[tuple[int, int], set[tuple[str, int]]] = {}
+        self._done: dict[tuple[int, int], list[ShardRecord]] = {}
+        self._lock = threading.Lock()
+
+    # -- life --------------------------------------------------------------------------------
+
+    def __enter__(self) -> Writer:
+        with ExitStack() as stack:
+            self._prepare(stack)
+            self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="actstore")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # What is queued is written even after an error: a block nearly done is worth keeping.
+        try:
+            self._executor.shutdown(wait=True)
+            if error is None:
+                self._pool.check()
+                if all(not m.any() for m in self.missing):
+                    self._seal()
+        finally:
+            self._open.clear()
+            self._stack.close()
+
+    def _prepare(self, stack: ExitStack) -> None:
+        storage, plan = self.storage, self.plan
+        stored = self._stored_plan()
+        self._check_room(bool(stored))
+        try:
+            storage.make_folder("journal")
+        except OSError as error:
+            raise WriteError(f"cannot write to {storage.root}: {error.strerror}") from None
+        stack.enter_context(storage.lock("journal", shared=self.world_size > 1))
+        if self.world_size > 1:
+            stack.enter_context(storage.lock(f"journal/rank-{self.rank}-of-{self.world_size}"))
+        if stored is None:
+            storage.put_durable(journal.PLAN, journal.sealed_json(self._plan_record()))
+        self._skeleton = skeleton.build(plan, self._vocabulary, self._attributes())
+        for key, data in self._skeleton.objects.items():
+            self._put_if_new(key, data)
+        self.missing = self._find_missing()
+
+    def _put_if_new(self, key: str, data: bytes) -> None:
+        if self.storage.get(key) != data:
+            self.storage.put_durable(key, data)
+
+    def _stored_plan(self) -> dict[str, Any] | None:
+        root = self.storage.root
+        if root.is_file():
+            raise PlanError(f"{root} is a file: choose another output")
+        stored = journal.read_plan(self.storage)
+        if stored is None:
+            if root.exists() and set(os.listdir(root)) - {"journal"}:
+                raise PlanError(
+                    f"{root} exists and is not a store of actstore's: choose another output"
+                )
+            return None
+        if stored["config_hash"] != self.plan.config_hash:
+            lines = journal.differences(stored["config"], self.plan.config)
+            raise PlanError(
+                f"{root} was begun with other arguments:\n  "
+                + "\n  ".join(lines)
+                + "\nGive the same ones to go on with it, or choose another output"
+            )
+        return stored
+
+    def _plan_record(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "config": self.plan.config,
+            "config_hash": self.plan.config_hash,
+            "tokens": self.plan.n_tokens,
+            "blocks": self.plan.n_blocks,
+            "passes": len(self.plan.passes),
+        }
+
+    def _attributes(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "format": FORMAT,
+            "state": "complete",
+            "config_hash": plan.config_hash,
+            **plan.config,
+            "notes": plan.corpus.notes,
+        }
+
+    def _check_room(self, resuming: bool) -> None:
+        needed, free = self.plan.nbytes, self.storage.free_bytes()
+        if resuming:
+            written = sum(f.stat().st_size for f in self.storage.root.glob("*/activation/c.*"))
+            needed = max(0, needed - written)
+        if needed > free:
+            raise WriteError(
+                f"the dump needs {needed / 1e9:,.2f} GB more and {free / 1e9:,.2f} GB are free at "
+                f"{self.storage.root}: free some, choose another disk, or keep fewer stages, "
+                "layers or tokens"
+            )
+
+    # -- what is there already ---------------------------------------------------------------
+
+    def mine(self) -> range:
+        """This rank's run of blocks."""
+        n, r, w = self.plan.n_blocks, self.rank, self.world_size
+        return range(n * r // w, n * (r + 1) // w)
+
+    def _find_missing(self) -> list[np.ndarray]:
+        """For each pass, a mask over blocks: those that this rank still has to write.
+
+        A sealed store is read whole and checked, since rerunning its dump is how it is repaired;
+        an unfinished one is believed where a record stands and its shards have the right size.
+        """
+        was_sealed = self.storage.exists("zarr.json")
+        missing = []
+        for index in range(len(self.plan.passes)):
+            mask = np.zeros(self.plan.n_blocks, bool)
+            for block in self.mine():
+                record = Record.read(self.storage, index, block)
+                mask[block] = record is None or not self._intact(record, thorough=was_sealed)
+                if mask[block] and was_sealed:
+                    self.repaired.append(f"block {block} of pass {index}")
+            missing.append(mask)
+        if was_sealed and self.repaired:
+            self.storage.delete("zarr.json")
+        for index, mask in enumerate(missing):
+            for block in np.flatnonzero(mask):
+                self.storage.delete(journal.record_key(index, int(block)))
+        self.sealed = was_sealed and not self.repaired
+        return missing
+
+    def _intact(self, record: Record, thorough: bool) -> bool:
+        if len(record.shards) != self._shards_per_block[record.index]:
+            return False
+        for shard in record.shards:
+            if self.storage.size(shard.key) != shard.nbytes:
+                return False
+            if thorough and crc32c(self.storage.get(shard.key) or b"") != shard.checksum:
+                return False
+        return True
+
+    # -- filling -----------------------------------------------------------------------------
+
+    def wants(self, blocks: np.ndarray, index: int = 0) -> bool:
+        """Whether any of these blocks is still to be written in a pass."""
+        return bool(self.missing[index][blocks].any())
+
+    def put(self, stage: str, layer: int, token: int, values: np.ndarray) -> None:
+        """Write values of consecutive tokens.
+
+        Parameters
+        ----------
+        stage : str
+            A stage of the plan.
+        layer : int
+            As the model counts.
+        token : int
+            Index of the first token along the store's token dimension.
+        values : ndarray (tokens, width)
+            float32, float16, or for bfloat16 stages also the raw bits as uint16. Cast to the
+            stage's element type. Values of blocks that are already durable are passed over.
+
+        Raises
+        ------
+        UsageError
+            A stage or layer that is not in the plan, a wrong shape, a token written twice.
+        HalfOverflowError
+            A finite value that float16 cannot hold.
+        NonFiniteError
+            NaN or inf in a shard completed earlier.
+        WriteError
+            The disk is full or the buffer cannot hold all open shards.
+        """
+        self._pool.check()
+        plan = self._stages.get(stage)
+        if plan is None:
+            raise UnknownNameError("stage", stage, self._stages)
+        if layer not in plan.layers:
+            raise UnknownNameError(f"layer of {stage}", layer, plan.layers)
+        if values.ndim != 2 or values.shape[1] != plan.layout.width:
+            raise UsageError(
+                f"values of {stage} have shape {values.shape}: (tokens, {plan.layout.width}) is "
+                "what the plan says"
+            )
+        if token < 0 or token + len(values) > self.plan.n_tokens:
+            raise UsageError(
+                f"tokens {token} to {token + len(values)} are not within the plan's "
+                f"{self.plan.n_tokens}"
+            )
+        layer_index = plan.layers.index(layer)
+        index = self._pass_of[stage, layer_index]
+        rows = self.plan.block_tokens
+        done = 0
+        while done < len(values):
+            block, row = divmod(token + done, rows)
+            count = min(rows - row, len(values) - done)
+            if self.missing[index][block]:
+                shard = self._shard(plan, layer_index, index, block)
+                self._copy(shard, row, values[done : done + count])
+                if shard.filled.all():
+                    self._finish(shard)
+            done += count
+
+    def _shard(self, stage: StagePlan, layer_index: int, index: int, block: int) -> _OpenShard:
+        key = (stage.name, layer_index, block)
+        shard = self._open.get(key)
+        if shard is None:
+            sent = self._sent.setdefault((index, block), set())
+            if (stage.name, layer_index) in sent:
+                raise self._twice(stage, layer_index, block)
+            buffer = self._pool.acquire(stage.layout.image_nbytes)
+            image = stage.layout.image(buffer)
+            filled = np.zeros(self.plan.block_rows(block), bool)
+            shard = _OpenShard(stage, layer_index, index, block, buffer, image, filled)
+            self._open[key] = shard
+        return shard
+
+    def _twice(self, stage: StagePlan, layer_index: int, block: int) -> UsageError:
+        return UsageError(
+            f"tokens of block {block} of {stage.name}, layer {stage.layers[layer_index]}, were "
+            "written twice"
+        )
+
+    def _copy(self, shard: _OpenShard, row: int, values: np.ndarray) -> None:
+        layout = shard.stage.layout
+        rows = slice(row, row + len(values))
+        if shard.filled[rows].any():
+            raise self._twice(shard.stage, shard.layer_index, shard.block)
+        if layout.compressed and values.dtype != np.uint16:
+            values = to_bfloat16(values)
+        elif layout.dtype == "float16" and values.dtype != np.float16:
+            self._check_half(shard, values)
+        done = 0
+        while done < len(values):
+            chunk, inside = divmod(row + done, layout.chunk_rows)
+            count = min(layout.chunk_rows - inside, len(values) - done)
+            part = values[done : done + count].reshape(count, layout.grid[1], layout.chunk_width)
+            shard.image[chunk, :, inside : inside + count] = part.transpose(1, 0, 2)
+            done += count
+        shard.filled[rows] = True
+
+    def _check_half(self, shard: _OpenShard, values: np.ndarray) -> None:
+        if values.min() > -_HALF_LIMIT and values.max() < _HALF_LIMIT:
+            return
+        large = values[np.isfinite(values) & (np.abs(values) >= _HALF_LIMIT)]
+        if large.size:
+            raise half_overflow(shard.stage, shard.layer_index, float(large[0]), large.size)
+
+    # -- finishing: from here on in writer threads ---------------------------------------------
+
+    def _finish(self, shard: _OpenShard) -> None:
+        del self._open[shard.stage.name, shard.layer_index, shard.block]
+        self._sent[shard.index, shard.block].add((shard.stage.name, shard.layer_index))
+        self._pool.send()
+        self._executor.submit(self._write_shard, shard)
+
+    def _write_shard(self, shard: _OpenShard) -> None:
+        try:
+            if self._pool.failed:
+                raise WriteError("not written, because an earlier shard failed")
+            self._commit(shard, self._encode_and_put(shard))
+            self._pool.release(shard.buffer, shard.stage.layout.image_nbytes)
+        except ActstoreError as error:
+            self._pool.fail(error)
+        except OSError as error:
+            self._pool.fail(
+                WriteError(
+                    f"writing {shard.stage.key(shard.layer_index, shard.block)} failed: "
+                    f"{error.strerror or error}. What is committed is safe: make room or mend the "
+                    "disk, then run the same dump again to go on"
+                )
+            )
+        except BaseException as error:
+            self._pool.fail(error)
+
+    def _encode_and_put(self, shard: _OpenShard) -> ShardRecord:
+        stage, rows = shard.stage, len(shard.filled)
+        summary = summarise(stage.layout, shard.buffer, rows)
+        if summary.nonfinite and not self.allow_nonfinite:
+            raise NonFiniteError(
+                f"{summary.nonfinite:,} of {rows * stage.layout.width:,} values are NaN or inf in "
+                f"stage {stage.name}, layer {stage.layers[shard.layer_index]}, tokens "
+                f"{shard.block * self.plan.block_tokens} to "
+                f"{shard.block * self.plan.block_tokens + rows - 1}: look at the model there, or "
+                "run again with --allow-nonfinite to store them"
+            )
+        data, nbytes, checksum = encode(stage.layout, shard.buffer, rows)
+        key = stage.key(shard.layer_index, shard.block)
+        self.storage.put(key, data, nbytes)
+        with self._lock:
+            self.bytes_written += nbytes
+        return ShardRecord(key, nbytes, checksum, summary)
+
+    def _commit(self, shard: _OpenShard, record: ShardRecord) -> None:
+        """Note a durable shard; the last of its block commits the block."""
+        place = (shard.index, shard.block)
+        with self._lock:
+            records = self._done.setdefault(place, [])
+            records.append(record)
+            if len(records) < self._shards_per_block[shard.index]:
+                return
+            del self._done[place]
+        for name, layers in self.plan.passes[shard.index].items():
+            if layers:
+                self.storage.sync_folder(self._stages[name].folder)
+        whole = Record(shard.index, shard.block, tuple(records))
+        self.storage.put_durable(journal.record_key(*place), whole.encode())
+        self.missing[shard.index][shard.block] = False
+        self._sent.pop(place, None)
+
+    # -- sealing -----------------------------------------------------------------------------
+
+    def _seal(self) -> None:
+        """Write manifest and groups once every rank's blocks are there; whoever is last does it.
+
+        Two ranks that finish together write the same bytes.
+        """
+        records = []
+        for index in range(len(self.plan.passes)):
+            for block in range(self.plan.n_blocks):
+                if Record.read(self.storage, index, block) is None:
+                    return
+                records.append(self.storage.get(journal.record_key(index, block)) or b"")
+        objects = {key: [len(data), crc32c(data)] for key, data in self._skeleton.objects.items()}
+        identity = journal.content_id(self.plan.config_hash, objects, records)
+        manifest = {
+            "id": identity,
+            "objects": objects,
+            "records": {"count": len(records), "crc32c": crc32c(b"".join(records))},
+        }
+        groups = dict(self._skeleton.groups)
+        root = json.loads(groups.pop("zarr.json"))
+        root["attributes"]["actstore"]["id"] = identity
+        self._put_if_new(journal.MANIFEST, journal.sealed_json(manifest))
+        for key, data in groups.items():
+            self._put_if_new(key, data)
+        for key in self.storage.keys("journal"):
+            if key.startswith("journal/rank-"):
+                self.storage.delete(key)
+        self._put_if_new("zarr.json", json.dumps(root, indent=2).encode())
+        self.sealed = True
+
+
+def half_overflow(stage: StagePlan, layer_index: int, value: float, count: int) -> Exception:
+    return HalfOverflowError(
+        f"{count:,} values of stage {stage.name}, layer {stage.layers[layer_index]}, do not fit "
+        f"float16 (one is {value:g}, the largest it holds is 65,504): use --dtype bfloat16 or "
+        "float32"
+    )
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Bits of the nearest bfloat16, ties to even; NaN stays NaN.
+
+    Examples
+    --------
+    >>> hex(to_bfloat16(np.array([1.0], "float32"))[0])
+    '0x3f80'
+    """
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    nan = np.isnan(values)
+    if nan.any():
+        rounded = np.where(nan, (bits >> 16) | 0x40, rounded)
+    return rounded.astype(np.uint16)
