@@ -175,7 +175,7 @@ def build(
     before: int = 20,
     after: int = 10,
     limit: int | None = None,
-    not_beside_digits: Sequence[str] = (),
+    not_beside_digits: str | Sequence[str] = (),
     from_token: int = 0,
     plain: str | None = None,
     keep: str | None = None,
@@ -209,7 +209,7 @@ def build(
         record is left out and counted.
     limit : int, optional
         At most so many windows of each label, in the order of the text.
-    not_beside_digits : sequence of str
+    not_beside_digits : str or sequence of str
         Labels whose token does not count where a digit stands directly on either side (3.14).
     from_token : int
         Where in each record the search begins.
@@ -251,6 +251,8 @@ def build(
             f"records are a list, and this is one {type(records).__name__}; write [record], or "
             "read_records(path) for a file"
         )
+    if isinstance(not_beside_digits, str):
+        not_beside_digits = [not_beside_digits]
     _at_least(0, before=before, after=after, from_token=from_token, skip_first=skip_first)
     _at_least(1, context=context, limit=limit, max_tokens=max_tokens, vocab_size=vocab_size)
     tokeniser = Tokeniser(tokenizer, vocab_size=vocab_size, bos=bos, model=model)
@@ -627,7 +629,7 @@ def _plain(spec: str | None, rules: Mapping[str, Any]) -> tuple[str, int | None]
     if spec is None:
         return "", None
     match = re.fullmatch(r"([^=]+)(?:=([0-9]{1,9}))?", spec)
-    if match is None or match[2] == "0" or not match[1].strip():
+    if match is None or not match[1].strip() or (match[2] and int(match[2]) == 0):
         raise CorpusError(f"--plain {spec!r} is not LABEL or LABEL=N; write for example one=500")
     if match[1].strip() in rules:
         raise CorpusError(

@@ -605,7 +605,13 @@ class Tokeniser:
                 f"{where} is text, but {self.model} has no tokenizer. Put the tokenizer's files "
                 "beside the model's, or give token ids: JSON lines with 'input_ids'"
             )
-        encoded = iter(encode(self.tokenizer, texts))
+        try:
+            encoded = iter(encode(self.tokenizer, texts))
+        except Exception as error:  # the library's own, of any kind
+            places = f"{batch[0][1].where} to {batch[-1][1].where}"
+            raise CorpusError(
+                f"the tokenizer of {self.model} fails on the text of {places}: {error}"
+            ) from error
         found = []
         for index, record in batch:
             if record.input_ids is None:
@@ -657,12 +663,20 @@ def _frames(tokenizer: Any, bos: str, model: str) -> tuple[Frame, Frame]:
 
 
 def template(tokenizer: Any) -> Frame:
-    """The special tokens that a tokenizer puts round every text by itself."""
+    """The special tokens that a tokenizer puts round every text by itself.
+
+    They are found by tokenising a short text with and without them, which any tokenizer can do.
+    """
     for probe in _probes(tokenizer):
-        bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
-        framed = list(tokenizer(probe)["input_ids"])
+        try:
+            bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
+            framed = list(tokenizer(probe)["input_ids"])
+        except Exception:  # it has no token for this probe; the next may do
+            continue
+        if set(bare) <= set(tokenizer.all_special_ids):
+            continue  # nothing, or what the frame itself might hold
         for i in range(len(framed) - len(bare) + 1):
-            if bare and framed[i : i + len(bare)] == bare:
+            if framed[i : i + len(bare)] == bare:
                 return Frame(tuple(framed[:i]), tuple(framed[i + len(bare) :]))
     return Frame()
 

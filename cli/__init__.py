@@ -15,6 +15,7 @@ import typer
 
 from actstore.errors import ActstoreError, UsageError
 
+from .bench import add_bench_commands
 from .dump import add_dump_commands
 from .output import say
 from .query import add_query_commands
@@ -34,6 +35,7 @@ app = typer.Typer(
 add_dump_commands(app)
 add_store_commands(app)
 add_query_commands(app)
+add_bench_commands(app)
 
 
 def main() -> NoReturn:

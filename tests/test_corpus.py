@@ -18,6 +18,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import (
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -104,28 +105,20 @@ def test_the_pieces_of_a_text_are_its_tokens_and_cover_it(
     assert corpus.lengths.max() <= context
     documents = corpus.sequence_labels["document"]
     for number, text in enumerate(given_texts):
+        whole = tokenizer()(text, return_offsets_mapping=True, verbose=False)
         ids: list[int] = []
-        spans: list[tuple[str, str]] = []
         covered = 0
         for s in np.flatnonzero(documents == number):
             inner = slice(corpus.starts[s] + prefix, corpus.starts[s + 1] - suffix)
+            places = whole["offset_mapping"][len(ids) : len(ids) + inner.stop - inner.start]
             ids += corpus.token_ids[inner].tolist()
-            piece = corpus.texts[s]
-            # Each text goes on where the one before ended, or inside its last character.
-            place = next(
-                i for i in range(max(covered - 1, 0), covered + 1) if text.startswith(piece, i)
-            )
-            covered = place + len(piece)
-            reach = 0
-            for a, b in zip(corpus.char_start[inner], corpus.char_end[inner], strict=True):
-                assert a <= reach
-                reach = max(reach, b)
-                spans.append((piece[a:b], piece))
-            assert reach == len(piece)
-        assert covered == len(text)
-        whole = tokenizer()(text, return_offsets_mapping=True, verbose=False)
-        assert ids == whole["input_ids"]
-        assert [s for s, _ in spans] == [text[a:b] for a, b in whole["offset_mapping"]]
+            piece, low = corpus.texts[s], places[0][0]
+            assert low <= covered and text.startswith(piece, low)
+            covered = low + len(piece)
+            spans = zip(corpus.char_start[inner], corpus.char_end[inner], strict=True)
+            assert [(low + a, low + b) for a, b in spans] == places
+            assert max(b for _, b in places) == covered
+        assert covered == len(text) and ids == whole["input_ids"]
 
 
 @pytest.mark.parametrize("frame", ["none", "bos", "bert"])
@@ -252,18 +245,39 @@ def test_tokenising_in_parts_is_tokenising_whole(text: str) -> None:
     np.testing.assert_array_equal(spans, whole_spans)
 
 
-@pytest.mark.parametrize(
-    "text", ["a" * 3000, " " * 3000, "😀" * 800, TEXT * 3 + "é" * 900 + TEXT * 3]
-)
+@pytest.mark.parametrize("agree", [5, 40, 500])
 def test_where_parts_disagree_the_text_is_tokenised_whole(
-    text: str, monkeypatch: pytest.MonkeyPatch
+    agree: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "AGREE", 40)
-    (whole_ids, whole_spans), (ids, spans) = (
-        encode(tokenizer(), [text], part, 100)[0] for part in (10**9, 301)
+    monkeypatch.setattr(reading, "AGREE", agree)
+    pairs = Tokenizer(models.BPE({"a": 0, "aa": 1}, [("a", "a")]))
+    fast = PreTrainedTokenizerFast(tokenizer_object=pairs)
+    for by, text in (
+        (fast, "a" * 3000),
+        (tokenizer(), "😀" * 800),
+        (tokenizer(), TEXT + "é" * 900),
+    ):
+        ids, spans = encode(by, [text], 301, 100)[0]
+        whole_ids, whole_spans = encode(by, [text])[0]
+        np.testing.assert_array_equal(ids, whole_ids)
+        np.testing.assert_array_equal(spans, whole_spans)
+
+
+def test_the_frame_is_found_whatever_the_vocabulary() -> None:
+    words = {"[CLS]": 0, "[SEP]": 1, "sea": 2}
+    level = Tokenizer(models.WordLevel(words))
+    level.pre_tokenizer = pre_tokenizers.Whitespace()
+    level.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
     )
-    np.testing.assert_array_equal(ids, whole_ids)
-    np.testing.assert_array_equal(spans, whole_spans)
+    fast = PreTrainedTokenizerFast(tokenizer_object=level, cls_token="[CLS]", sep_token="[SEP]")
+    assert sequences(build(["sea sea"], fast)) == [[0, 2, 2, 1]]
+    with pytest.raises(CorpusError, match=r"of the model fails on the text of record 0 .*UNK"):
+        build(["unknown"], fast)
+    empty = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    empty.normalizer = normalizers.Replace(Regex("."), "")
+    with pytest.raises(CorpusError, match=r"1 records read, 1 of them without any token"):
+        build(["sea"], PreTrainedTokenizerFast(tokenizer_object=empty))
 
 
 class Spelling(PreTrainedTokenizer):
@@ -329,7 +343,7 @@ def test_token_texts_keep_the_space_that_a_lone_token_loses() -> None:
     assert token_texts(llama, [10**6]) == [""]
     # So a digit behind a space does not stand directly beside the stop.
     spaced = build(
-        ["the sea . 3"], llama, windows=["s=."], before=1, after=0, not_beside_digits=["s"]
+        ["the sea . 3"], llama, windows=["s=."], before=1, after=0, not_beside_digits="s"
     )
     assert spaced.notes["windows"]["s"]["used"] == 1
 
@@ -461,7 +475,7 @@ WINDOW_ERRORS = [
     ({"windows": ["s=."], "before": -1}, "before -1: a whole number of at least 0"),
     ({"windows": ["s=."], "limit": 0}, "limit 0: a whole number of at least 1"),
     ({"windows": ["s=."], "plain": "s"}, "'s' is the label of windows too"),
-    ({"windows": ["s=."], "plain": "one=0"}, "is not LABEL or LABEL=N"),
+    ({"windows": ["s=."], "plain": "one=00"}, "is not LABEL or LABEL=N"),
     ({"windows": ["s=."], "plain": "one=9999"}, r"record 0 has only \d+; write --plain one=\d+"),
     (
         {"windows": ["s=."], "plain": "one=50", "context": 40},
@@ -796,6 +810,14 @@ def test_text_that_is_not_utf8_is_refused_with_its_offset(tmp_path: Path) -> Non
     path.write_bytes(b"\xef\xbb\xbfna\xefve")
     with pytest.raises(CorpusError, match=r"latin.txt is not UTF-8: byte 0xef at offset 5.*iconv"):
         read_records(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that fails to read")
+@pytest.mark.parametrize("name", ["book.txt", "data.jsonl"])
+def test_a_file_that_cannot_be_read_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    with pytest.raises(CorpusError, match=rf"cannot read .*{name}: Input/output error"):
+        list(read_records(tmp_path / name))
 
 
 def test_a_path_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:

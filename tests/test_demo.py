@@ -40,8 +40,7 @@ def record():
 # The corpus
 
 
-def test_corpus_is_deterministic_and_sorted(docs):
-    assert documents() == docs
+def test_corpus_is_sorted_and_has_both_sources(docs):
     names = [d.name for d in docs]
     assert names == sorted(set(names))
     assert {d.source for d in docs} == {"topics", "docstrings"}
@@ -58,7 +57,7 @@ def test_split_is_by_name_alone(docs):
     assert 0.05 < np.mean([d.held_out for d in docs]) < 0.2
 
 
-def test_parts_are_disjoint_and_can_be_read_alone(docs):
+def test_parts_are_disjoint_and_the_same_on_every_reading(docs):
     held, kept = documents(held_out=True), documents(held_out=False)
     assert held == [d for d in docs if d.held_out]
     assert kept == [d for d in docs if not d.held_out]
@@ -191,11 +190,12 @@ def test_held_out_loss_is_well_below_the_unigram_entropy(model_and_tokenizer, do
     n = len(stream) // CONTEXT
     chosen = np.random.default_rng(0).choice(n, size=min(WINDOWS, n), replace=False)
     windows = torch.tensor(stream[: n * CONTEXT]).reshape(n, CONTEXT)[chosen]
+    total = 0.0
     with torch.no_grad():
-        # Not the model's own loss, so that this is a second opinion.
-        logits = torch.cat([model(b).logits for b in windows.split(8)]).double()
-    logp = logits.log_softmax(-1)[:, :-1].gather(-1, windows[:, 1:, None])
-    loss = -logp.mean().item()
+        for b in windows.split(8):  # not the model's own loss, so that this is a second opinion
+            logp = model(b).logits[:, :-1].log_softmax(-1)
+            total -= logp.gather(-1, b[:, 1:, None]).double().sum().item()
+    loss = total / windows[:, 1:].numel()
 
     assert loss < 0.65 * entropy
     assert loss == pytest.approx(record["held_out_loss"], abs=0.35)

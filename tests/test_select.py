@@ -259,6 +259,7 @@ def test_no_python_is_reachable(text: str) -> None:
         ("position in [1 2]", "missing in this list", 15),
         ("position in [token_id]", "holds only", 21),
         ("0 < position in [1]", "chained", 13),
+        ("position in [1] == special", "chained", 16),
         ("(position > 1) == true", "a condition cannot be compared", 22),
         ("3", "not a condition", 0),
         ("special and 'x'", "not a condition", 12),
@@ -356,6 +357,7 @@ def test_no_rows_and_no_columns() -> None:
     empty = {"a": np.zeros(0), "b": Categorical(np.zeros(0, np.int32), np.zeros(0, object))}
     assert parse("a > 0 and b == 'x'").evaluate(empty).shape == (0,)
     assert parse("true").evaluate({}).shape == (0,)
+    assert parse("1 in [1, 2] and 'a' not in ['b'] and 1 < 2").evaluate(COLUMNS).all()
 
 
 def test_an_expression_travels_and_says_what_it_needs() -> None:

@@ -1,0 +1,149 @@
+"""`actstore bench`: speeds as ratios against a reference in the same run."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from .output import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from actstore.plan import Plan
+
+__all__ = ["add_bench_commands"]
+
+SHAPES = {
+    "full": "sequences of the whole context, 1,024 tokens",
+    "ragged": "lognormal lengths, median 400",
+    "texts": "texts of 1,000 tokens",
+}
+
+
+def add_bench_commands(app: typer.Typer) -> None:
+    group = typer.Typer(no_args_is_help=True, help="Measure speeds on this machine.")
+    group.command(epilog="Example: actstore bench capture --pairs 10")(capture)
+    app.add_typer(group, name="bench", epilog="Example: actstore bench capture")
+
+
+def capture(
+    tokens: Annotated[int, typer.Option(help="Tokens of one run.")] = 8192,
+    pairs: Annotated[int, typer.Option(help="Interleaved pairs of runs for each shape.")] = 10,
+    shape: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(SHAPES)}; default all. Repeatable.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Element type.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    layers: Annotated[int, typer.Option(help="Layers of the GPT-2 (small has 12).")] = 12,
+    width: Annotated[int, typer.Option(help="Width of the GPT-2 (small has 768).")] = 768,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where to write; default the temporary folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Dump against the bare forward pass: GPT-2 small's size, four MLP stages, all layers.
+
+    Both run the same batches, without a language-model head. A dump is timed from opening the
+    writer to the sealed store, so the drain is in it.
+    """
+    from actstore.errors import UnknownNameError
+
+    model, where = _model(dtype, device, layers, width)
+    rows = []
+    for name in shape or SHAPES:
+        if name not in SHAPES:
+            raise UnknownNameError("shape", name, SHAPES)
+        made, points = _plan(model, name, tokens)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            rows.append({"shape": name, **_compare(model, made, points, Path(scratch), pairs)})
+    if as_json:
+        print_json({"device": where, "dtype": dtype, "rows": rows})
+        return
+    say(f"{where}, {dtype}, {layers} layers x {width}, mlp_in mlp_pre mlp_post mlp_out")
+    print_table(list(rows[0]), [list(r.values()) for r in rows])
+
+
+def _model(dtype: str, device: str, layers: int, width: int) -> tuple[Any, str]:
+    import torch
+    from transformers import GPT2Config, GPT2Model
+
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64)
+    model = GPT2Model(config).eval().to(kind, getattr(torch, dtype))
+    if kind.startswith("cuda"):
+        return model, torch.cuda.get_device_name(kind)
+    return model, f"CPU, {torch.get_num_threads()} threads"
+
+
+def _plan(model: Any, shape: str, tokens: int) -> tuple[Plan, Any]:
+    import numpy as np
+
+    from actstore.corpus import build
+    from actstore.fill import plan_model
+
+    rng = np.random.default_rng(0)
+    lengths: list[int] = []
+    while sum(lengths) < tokens:
+        drawn = {"full": 1024, "texts": 1000, "ragged": rng.lognormal(np.log(400), 0.8)}[shape]
+        lengths.append(int(np.clip(drawn, 8, 1024)))
+    corpus = build([rng.integers(0, 50_000, n).tolist() for n in lengths], None)
+    return plan_model(model, None, corpus)
+
+
+def _compare(
+    model: Any, made: Plan, points: Any, scratch: Path, pairs: int
+) -> dict[str, float | int]:
+    _bare(model, made)  # warm up
+    _dump(model, made, points, scratch)
+    ratios, bare_speed, dump_speed = [], [], []
+    for _ in range(pairs):
+        bare, dumped = _bare(model, made), _dump(model, made, points, scratch)
+        ratios.append(bare / dumped)
+        bare_speed.append(made.n_tokens / bare)
+        dump_speed.append(made.n_tokens / dumped)
+    return {
+        "tokens": made.n_tokens,
+        "computed_per_kept": made.computed_tokens / made.n_tokens,
+        "bare_tokens_per_s": statistics.median(bare_speed),
+        "dump_tokens_per_s": statistics.median(dump_speed),
+        "dump_gb_per_s": statistics.median(dump_speed) * made.nbytes / made.n_tokens / 1e9,
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+        "pairs": pairs,
+    }
+
+
+def _bare(model: Any, made: Plan) -> float:
+    import torch
+
+    from actstore.fill import batch_kwargs
+
+    began = time.perf_counter()
+    with torch.inference_mode():
+        for batch in made.batches:
+            model(**batch_kwargs(made, batch, model))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _dump(model: Any, made: Plan, points: Any, scratch: Path) -> float:
+    from actstore.fill import fill
+    from actstore.writer import Writer
+
+    path = scratch / "run.zarr"
+    began = time.perf_counter()
+    with Writer(path, made) as writer:
+        fill(model, points, writer)
+    seconds = time.perf_counter() - began
+    shutil.rmtree(path)
+    return seconds
