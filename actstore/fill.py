@@ -27,6 +27,7 @@ from .corpus import Corpus, build
 from .errors import ModelError, PlanError
 from .hookpoints import HookPoint, head_count, resolve
 from .plan import Batch, Plan, StageSpec
+from .records import token_texts
 from .schema import MLP_STAGES
 from .writer import Writer
 
@@ -158,7 +159,7 @@ def dump(
         padding_side=padding_side,
         name=name,
     )
-    words = vocabulary(tokenizer, _vocab_size(model)) if tokenizer is not None else None
+    words = vocabulary(tokenizer, vocab_size(model)) if tokenizer is not None else None
     with Writer(
         path,
         plan,
@@ -192,7 +193,7 @@ def model_corpus(
         sequences,
         tokenizer,
         context=context or limit,
-        vocab_size=_vocab_size(model),
+        vocab_size=vocab_size(model),
         **options,
     )
 
@@ -423,14 +424,14 @@ def _largest_rows(plan: Plan) -> int:
 
 
 def vocabulary(tokenizer: Any, size: int | None = None) -> np.ndarray:
-    """Text of every token id, with the leading space that some tokenizers hide.
+    """Text of every token id.
 
     Parameters
     ----------
     tokenizer : tokenizer
         Of transformers.
     size : int, optional
-        Number of ids; default the tokenizer's own.
+        Number of ids, where the model has more of them than the tokenizer.
 
     Returns
     -------
@@ -439,13 +440,7 @@ def vocabulary(tokenizer: Any, size: int | None = None) -> np.ndarray:
     """
     known = len(tokenizer)
     texts = np.full(max(size or 0, known), "", dtype=object)
-    raw = tokenizer.convert_ids_to_tokens(list(range(known)))
-    for i, token in enumerate(raw):
-        if token is None:
-            continue
-        text = tokenizer.decode([i])
-        hidden_space = token.startswith("▁") and not text.startswith(" ")
-        texts[i] = " " + text if hidden_space else text
+    texts[:known] = token_texts(tokenizer, range(known))
     return texts
 
 
@@ -459,7 +454,8 @@ def _config(model: nn.Module) -> Mapping[str, Any]:
     return config.to_dict()
 
 
-def _vocab_size(model: nn.Module) -> int | None:
+def vocab_size(model: nn.Module) -> int | None:
+    """How many token ids the model embeds."""
     embeddings = getattr(base_model(model), "get_input_embeddings", lambda: None)()
     return getattr(embeddings, "num_embeddings", None)
 

@@ -252,7 +252,9 @@ class Plan:
         """Blocks that a batch has tokens in, ascending."""
         first = self.first_token[batch.sequences] // self.block_tokens
         last = (self.first_token[batch.sequences + 1] - 1) // self.block_tokens
-        return np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]))
+        return np.unique(
+            np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)])
+        )
 
     def batch_places(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Where the kept tokens of a batch are, and where they go.

@@ -24,7 +24,7 @@ from numpy.lib.stride_tricks import as_strided
 from .errors import CorruptStoreError
 from .storage import LocalReader, aligned_buffer
 
-__all__ = ["Layout", "ShardSummary", "combine", "encode", "read_shard", "summarise"]
+__all__ = ["Layout", "ShardSummary", "combine", "digest", "encode", "read_shard", "summarise"]
 
 _CRC = 4
 _ABSENT = np.uint64(2**64 - 1)
@@ -124,18 +124,25 @@ class Layout:
     def of_array(cls, metadata: Mapping[str, Any]) -> Layout | None:
         """The layout of an array from its `zarr.json`; None where it is not one of ours."""
         try:
-            _, rows, width = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-            _, chunk_rows, chunk_width = metadata["codecs"][0]["configuration"]["chunk_shape"]
-            source = metadata["attributes"]["source_dtype"]
-            layout = cls(rows, width, chunk_rows, chunk_width, metadata["data_type"], source)
-            separator = metadata["chunk_key_encoding"]["configuration"]["separator"]
-            same = layout.codecs() == metadata["codecs"] and separator == "."
+            _, _, neurons = shape = metadata["shape"]
+            _, rows, width = shard = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+            _, *inner = metadata["codecs"][0]["configuration"]["chunk_shape"]
+            kind = metadata["data_type"], metadata["attributes"]["source_dtype"]
+            keys = metadata["chunk_key_encoding"]
+            sane = (
+                all(type(n) is int and n > 0 for n in (*shape, *shard, *inner))
+                and (rows % inner[0], width % inner[1]) == (0, 0)
+                and (shard[0], width) == (1, neurons)
+                and kind in _KINDS
+                and keys == {"name": "default", "configuration": {"separator": "."}}
+            )
+            layout = cls(rows, width, *inner, *kind) if sane else None
         except (KeyError, IndexError, TypeError, ValueError):
             return None
-        sane = rows > 0 and width > 0 and rows % chunk_rows == 0 and width % chunk_width == 0
-        return layout if same and sane else None
+        return layout if layout and layout.codecs() == metadata["codecs"] else None
 
 
+_KINDS = (("float32", "float32"), ("float16", "float16"), ("float32", "bfloat16"))
 _BLOSC = {
     "cname": "lz4",
     "clevel": 5,
@@ -183,7 +190,7 @@ def encode(layout: Layout, buffer: np.ndarray, rows: int) -> tuple[np.ndarray, i
     nbytes : int
         The encoded length.
     checksum : int
-        crc32c of the whole encoded shard.
+        The shard's `digest`.
     """
     image = layout.image(buffer)
     _pad(layout, image, rows)
@@ -192,9 +199,39 @@ def encode(layout: Layout, buffer: np.ndarray, rows: int) -> tuple[np.ndarray, i
     else:
         data, offset, index, checksum = _seal_chunks(layout, buffer, rows)
     table = index.astype("<u8").tobytes()
-    table += crc32c(table).to_bytes(4, "little")
-    data[offset : offset + len(table)] = np.frombuffer(table, np.uint8)
-    return data, offset + len(table), crc32c(table, checksum)
+    tail = crc32c(table).to_bytes(4, "little")
+    data[offset : offset + layout.index_nbytes] = np.frombuffer(table + tail, np.uint8)
+    return data, offset + layout.index_nbytes, crc32c(table, checksum)
+
+
+def digest(layout: Layout, data: bytes) -> int | None:
+    """What tells an encoded shard from every other: crc32c of its chunks in order and its index.
+
+    The checksums in between are checked but left out: a crc32c over data and then their own
+    crc32c is the same for all data.
+
+    Returns
+    -------
+    int or None
+        None where a checksum in the shard does not match.
+    """
+    view = memoryview(data)
+    table = view[-layout.index_nbytes : -_CRC]
+    if len(view) < layout.index_nbytes or not _sound(table, view[-_CRC:]):
+        return None
+    checksum = 0
+    for offset, nbytes in np.frombuffer(table, "<u8").reshape(-1, 2).tolist():
+        if offset == _ABSENT:
+            continue
+        chunk = view[offset : offset + nbytes]
+        if not _sound(chunk[:-_CRC], chunk[-_CRC:]):
+            return None
+        checksum = crc32c(chunk[:-_CRC], checksum)
+    return crc32c(table, checksum)
+
+
+def _sound(body: memoryview, tail: memoryview) -> bool:
+    return crc32c(body) == int.from_bytes(tail, "little")
 
 
 def _seal_chunks(
@@ -207,9 +244,8 @@ def _seal_chunks(
     for i in range(used):
         start = i * step
         own = crc32c(buffer[start : start + size])
-        tail = own.to_bytes(4, "little")
-        buffer[start + size : start + step] = np.frombuffer(tail, np.uint8)
-        checksum = crc32c(tail, combine(checksum, own, size))
+        buffer[start + size : start + step] = np.frombuffer(own.to_bytes(4, "little"), np.uint8)
+        checksum = combine(checksum, own, size)
     index.reshape(-1, 2)[:used, 0] = np.arange(used) * step
     index.reshape(-1, 2)[:used, 1] = step
     return buffer, used * step, index, checksum
@@ -226,11 +262,11 @@ def _compress_chunks(
     for i in range(-(-rows // layout.chunk_rows)):
         for j in range(wide):
             packed = blosc.compress(_widen(image[i, j]), b"lz4", 5, blosc.BITSHUFFLE, 0, 4)
+            checksum = crc32c(packed, checksum)
             packed += crc32c(packed).to_bytes(4, "little")
             data[offset : offset + len(packed)] = np.frombuffer(packed, np.uint8)
             index[i, j] = offset, len(packed)
             offset += len(packed)
-            checksum = crc32c(packed, checksum)
     return data, offset, index, checksum
 
 
@@ -319,11 +355,12 @@ def _read_chunk_row(
     if (spans == _ABSENT).any():
         raise _corrupt(reader, "a chunk that should hold tokens is absent")
     limit = layout.chunk_nbytes + blosc.MAX_OVERHEAD + _CRC
+    room = reader.nbytes - layout.index_nbytes
     offsets, sizes = spans[:, 0].astype(np.int64), spans[:, 1].astype(np.int64)
-    ends = offsets + sizes
-    bounded = (offsets >= 0).all() and (sizes > _CRC).all() and (sizes <= limit).all()
-    if not (bounded and (ends <= reader.nbytes - layout.index_nbytes).all()):
+    bounded = (offsets >= 0) & (sizes > _CRC) & (sizes <= limit)
+    if not (bounded & (offsets <= room - sizes)).all():  # written so that nothing overflows
         raise _corrupt(reader, "its index points outside the shard")
+    ends = offsets + sizes
     # Our chunks lie in order and come in one read; stock zarr's order is its own.
     for run in np.split(np.arange(last - first), np.nonzero(offsets[1:] != ends[:-1])[0] + 1):
         start = offsets[run[0]]
@@ -338,8 +375,9 @@ def _read_chunk_row(
 
 def _decode_chunk(layout: Layout, reader: LocalReader, body: np.ndarray) -> np.ndarray:
     if layout.compressed:
-        # The header's own length is checked first: a crafted one could ask for any memory.
-        if int.from_bytes(body[4:8].tobytes(), "little") != layout.chunk_nbytes:
+        # The lengths in the header are checked first: crafted ones could ask for any memory, or
+        # have bytes read from beyond the chunk.
+        if body[4:8].tobytes() + body[12:16].tobytes() != _two(layout.chunk_nbytes, len(body)):
             raise _corrupt(reader, "a compressed chunk has the wrong length")
         decoded = np.empty(layout.chunk_nbytes, np.uint8)
         try:
@@ -351,6 +389,10 @@ def _decode_chunk(layout: Layout, reader: LocalReader, body: np.ndarray) -> np.n
         raise _corrupt(reader, "a chunk has the wrong length")
     dtype = np.dtype(layout.dtype).newbyteorder("<")
     return np.frombuffer(body, dtype).reshape(layout.chunk_rows, layout.chunk_width)
+
+
+def _two(a: int, b: int) -> bytes:
+    return a.to_bytes(4, "little") + b.to_bytes(4, "little")
 
 
 def _corrupt(reader: LocalReader, what: str) -> CorruptStoreError:

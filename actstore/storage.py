@@ -58,10 +58,14 @@ class LocalStorage:
     ----------
     root : path
         The folder; it need not exist yet.
+    tag : str
+        Part of temporary names, so that processes that write the same object do not meet in them.
+        A rerun with the same tag writes over what a killed run left.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], tag: str = "0") -> None:
         self.root = Path(root)
+        self.tag = tag
 
     def __repr__(self) -> str:
         return f"LocalStorage({str(self.root)!r})"
@@ -127,7 +131,7 @@ class LocalStorage:
             Length of the object when `data` is a longer aligned buffer.
         """
         path = self.path(key)
-        partial = path.with_name(path.name + _PARTIAL)
+        partial = path.with_name(f"{path.name}.{self.tag}{_PARTIAL}")
         view = memoryview(data)
         nbytes = view.nbytes if nbytes is None else nbytes
         try:
@@ -140,15 +144,21 @@ class LocalStorage:
             raise
 
     def make_folder(self, prefix: str) -> None:
-        self.path(prefix).mkdir(parents=True, exist_ok=True)
+        """Make a folder and those above it, durably."""
+        path = self.path(prefix)
+        new = [p for p in (path, *path.parents) if not p.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for made in new:
+            _sync(made.parent)
+
+    def sweep(self, prefix: str, begins: str = "") -> None:
+        """Remove what killed writers left under temporary names in a folder."""
+        for partial in self.path(prefix).glob(f"{begins}*{_PARTIAL}"):
+            partial.unlink(missing_ok=True)
 
     def sync_folder(self, prefix: str) -> None:
         """Make the names in a folder durable."""
-        fd = os.open(self.path(prefix), os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _sync(self.path(prefix))
 
     def put_durable(self, key: str, data: bytes) -> None:
         """`put`, folders made as needed, and the name itself durable."""
@@ -205,6 +215,14 @@ class LocalReader:
                 raise CorruptStoreError(f"{self.key} is truncated at {self.nbytes} bytes")
             done += got
         counters.add(done)
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _write_buffered(path: Path, view: memoryview) -> None:

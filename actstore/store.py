@@ -28,7 +28,7 @@ from .errors import (
 )
 from .journal import Record, ShardRecord
 from .schema import FORMAT, STAGES, TOKEN_COORDS, Categorical
-from .shard import Layout, read_shard
+from .shard import Layout, digest, read_shard
 from .storage import LocalStorage
 
 __all__ = ["Problem", "ShardedArray", "Store", "open_store", "verify"]
@@ -84,7 +84,7 @@ def _three(key: Any) -> tuple[Any, Any, Any]:
     if Ellipsis in key:
         at = key.index(Ellipsis)
         key = key[:at] + (slice(None),) * (4 - len(key)) + key[at + 1 :]
-    return (*key, *(slice(None),) * (3 - len(key)))  # type: ignore[return-value]
+    return (*key, *(slice(None),) * (3 - len(key)))
 
 
 def _hull(values: range) -> slice:
@@ -238,13 +238,13 @@ class Store:
         if layout is None:  # a layout that is not ours still opens through zarr
             return zarr.open_array(self.path, path=f"{stage}/activation", mode="r")
         shape = tuple(node["shape"])
-        return ShardedArray(self.path, f"{stage}/activation", shape, layout)  # type: ignore[arg-type]
+        return ShardedArray(self.path, f"{stage}/activation", shape, layout)
 
     def heads(self, stage: str) -> np.ndarray | None:
         """Attention head of each neuron, where a stage is made of heads."""
         if f"{stage}/head" not in self._nodes:
             return None
-        return zarr.open_array(self.path, path=f"{stage}/head", mode="r")[:]
+        return self._values(f"{stage}/head")
 
     def column(self, name: str) -> np.ndarray | Categorical:
         """A column over the kept tokens, in memory: a coordinate, a label, ``token_text`` ...
@@ -291,7 +291,7 @@ class Store:
         }
 
     def _values(self, key: str) -> np.ndarray:
-        return zarr.open_array(self.path, path=key, mode="r")[:]
+        return np.asarray(zarr.open_array(self.path, path=key, mode="r")[:])
 
     def _read(self, key: str) -> np.ndarray | Categorical:
         values = self._values(key)
@@ -557,13 +557,15 @@ def object_count(path: str | os.PathLike[str]) -> int:
     return len(manifest["objects"]) + manifest["records"]["count"] + blocks * layers
 
 
-def _check_object(storage: LocalStorage, key: str, size: int, checksum: int) -> Problem | None:
+def _check_object(
+    storage: LocalStorage, key: str, size: int, checksum: int, layout: Layout | None = None
+) -> Problem | None:
     data = storage.get(key)
     if data is None:
         return Problem(key, "missing")
     if len(data) != size:
         return Problem(key, f"has {len(data):,} bytes instead of {size:,}")
-    if crc32c(data) != checksum:
+    if (crc32c(data) if layout is None else digest(layout, data)) != checksum:
         return Problem(key, "its checksum does not match")
     return None
 
@@ -571,9 +573,9 @@ def _check_object(storage: LocalStorage, key: str, size: int, checksum: int) -> 
 def _check_shard(
     storage: LocalStorage, store: Store, shard: ShardRecord, block: int, tokens: int
 ) -> Problem | None:
-    problem = _check_object(storage, shard.key, shard.nbytes, shard.checksum)
     folder = shard.key.rpartition("/")[0]
     layout = Layout.of_array(store._nodes[folder])
+    problem = _check_object(storage, shard.key, shard.nbytes, shard.checksum, layout)
     if problem is not None or layout is None:
         return problem
     rows = min(layout.rows, tokens - block * layout.rows)

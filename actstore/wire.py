@@ -104,7 +104,9 @@ def _variable(variable: xr.DataArray) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         if value.dtype.kind == "f" and not np.isfinite(value).all():
-            value = np.where(np.isfinite(value), value.astype(object), None)
+            finite = np.isfinite(value)
+            value = value.astype(object)
+            value[~finite] = None
         return _plain(value.tolist())
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}

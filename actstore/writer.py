@@ -37,7 +37,7 @@ from .journal import Record, ShardRecord
 from .plan import Plan, StagePlan
 from .pool import BufferPool
 from .schema import FORMAT
-from .shard import encode, summarise
+from .shard import digest, encode, summarise
 from .storage import LocalStorage
 
 __all__ = ["Writer"]
@@ -109,7 +109,7 @@ class Writer:
     ) -> None:
         if not 0 <= rank < world_size:
             raise UsageError(f"rank {rank} is not below the world size {world_size}")
-        self.storage = LocalStorage(path)
+        self.storage = LocalStorage(path, tag=str(rank))
         self.plan = plan
         self.rank, self.world_size = rank, world_size
         self.allow_nonfinite = allow_nonfinite
@@ -260,19 +260,26 @@ class Writer:
         if was_sealed and self.repaired:
             self.storage.delete("zarr.json")
         for index, mask in enumerate(missing):
-            for block in np.flatnonzero(mask):
-                self.storage.delete(journal.record_key(index, int(block)))
+            for damaged in np.flatnonzero(mask):
+                self.storage.delete(journal.record_key(index, int(damaged)))
         self.sealed = was_sealed and not self.repaired
         return missing
 
     def _intact(self, record: Record, thorough: bool) -> bool:
-        if len(record.shards) != self._shards_per_block[record.index]:
+        expected = {
+            self._stages[name].key(i, record.block): self._stages[name].layout
+            for name, layers in self.plan.passes[record.index].items()
+            for i in layers
+        }
+        if {shard.key for shard in record.shards} != expected.keys():
             return False
         for shard in record.shards:
             if self.storage.size(shard.key) != shard.nbytes:
                 return False
-            if thorough and crc32c(self.storage.get(shard.key) or b"") != shard.checksum:
-                return False
+            if thorough:
+                data = self.storage.get(shard.key) or b""
+                if digest(expected[shard.key], data) != shard.checksum:
+                    return False
         return True
 
     # -- filling -----------------------------------------------------------------------------
@@ -473,6 +480,10 @@ class Writer:
         for key in self.storage.keys("journal"):
             if key.startswith("journal/rank-"):
                 self.storage.delete(key)
+        # Not in the folders above, where another rank may be sealing the same.
+        for folder in {key.rpartition("/")[0] for key in self._skeleton.objects}:
+            self.storage.sweep(folder)
+        self.storage.sweep("journal", begins="p")
         self._put_if_new("zarr.json", json.dumps(root, indent=2).encode())
         self.sealed = True
 

@@ -16,6 +16,7 @@ import typer
 from actstore.errors import ActstoreError, UsageError
 
 from .bench import add_bench_commands
+from .demo import add_demo_command
 from .dump import add_dump_commands
 from .output import say
 from .query import add_query_commands
@@ -32,6 +33,7 @@ app = typer.Typer(
     help="Run a model once, keep its activations in a labelled Zarr store, query them ever after.",
     epilog="Example: actstore demo",
 )
+add_demo_command(app)
 add_dump_commands(app)
 add_store_commands(app)
 add_query_commands(app)

@@ -138,8 +138,11 @@ def job(
 
 def _with_job(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the parameters of `job` before its own."""
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "asked"]
-    shared = list(inspect.signature(job).parameters.values())
+    own, shared = (
+        # Evaluated, because a signature given to Typer is taken as it is.
+        [p for p in inspect.signature(f, eval_str=True).parameters.values() if p.name != "asked"]
+        for f in (command, job)
+    )
 
     def wrapped(**values: Any) -> None:
         asked = {p.name: values.pop(p.name) for p in shared}
@@ -249,12 +252,12 @@ def dump(
     The same command again goes on where a stopped one left off, or checks and repairs what is
     there.
     """
-    from actstore.fill import fill, vocabulary
+    from actstore.fill import fill, vocab_size, vocabulary
     from actstore.writer import Writer
 
     began = time.monotonic()
     model, tokenizer, made, points = _prepare(asked)
-    words = vocabulary(tokenizer, len(tokenizer)) if tokenizer is not None else None
+    words = vocabulary(tokenizer, vocab_size(model)) if tokenizer is not None else None
     writer = Writer(
         asked["out"],
         made,

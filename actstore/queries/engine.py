@@ -203,7 +203,7 @@ def _layer_arrays(
     for name, output in outputs.items():
         rest = (0,) * (1 + len(output.dims))
         own = f"{name}-{label}"
-        takes = {
+        takes: dict[Any, Task] = {
             (own, row, *rest): Task(
                 (own, row, *rest), _take, TaskRef((f"merge-{label}", row)), name
             )

@@ -1,0 +1,361 @@
+"""Sketches: mergeable statistics made of each shard while it is in memory anyway.
+
+Kept apart by *stratum*, a class of tokens that queries commonly leave out: the first position of
+a sequence, special tokens elsewhere, the rest (and each of these by a label, if asked). A part is
+made of every shard as it is written and lies beside the block's journal record; at seal the parts
+are merged in block order, so that the result depends on no thread, rank or interruption.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from .corpus import Corpus
+from .errors import UnknownNameError, UsageError
+from .plan import Plan, StagePlan
+from .schema import Categorical
+from .shard import Layout, chunk_values
+from .stats.moments import MOMENT_NAMES, merge_moments
+from .stats.sketching import KEYS, NO_TOKEN, insert_extremes, merge_limits, sketch_chunk
+
+__all__ = ["GRANULE_TOKENS", "RANKS", "STRATA", "ShardSketch", "Sketcher", "merge", "strata_of"]
+
+STRATA = ("first", "special", "rest")
+RANKS = 20
+GRANULE_TOKENS = 2**14
+
+
+@dataclass(frozen=True)
+class Strata:
+    """The class of each kept token.
+
+    Attributes
+    ----------
+    names : tuple of str
+        "first", "special", "rest", or with a label "first:VALUE" ...
+    codes : ndarray of uint16 (token,)
+    """
+
+    names: tuple[str, ...]
+    codes: np.ndarray
+
+
+def strata_of(
+    position: np.ndarray, special: np.ndarray, label: Categorical | None = None
+) -> Strata:
+    """Sort tokens into strata by position, special tokens and one label.
+
+    Examples
+    --------
+    >>> strata_of(np.array([0, 1, 2]), np.array([True, False, True])).codes.tolist()
+    [0, 2, 1]
+    """
+    codes = np.where(position == 0, 0, np.where(special, 1, 2)).astype(np.uint16)
+    if label is None:
+        return Strata(STRATA, codes)
+    names = tuple(f"{name}:{value}" for value in label.values for name in STRATA)
+    return Strata(names, (codes + 3 * label.codes).astype(np.uint16))
+
+
+def plan_strata(plan: Plan) -> Strata:
+    """Strata of a plan's kept tokens."""
+    corpus, kept = plan.corpus, plan.kept
+    label = None
+    if plan.sketch_by is not None:
+        label = _label(corpus, plan.sketch_by)
+        label = label[corpus.sequence[kept] if plan.sketch_by in corpus.sequence_labels else kept]
+    return strata_of(corpus.position[kept], corpus.special[kept], label)
+
+
+def _label(corpus: Corpus, name: str) -> Categorical:
+    columns = {**corpus.sequence_labels, **corpus.token_labels}
+    if name not in columns:
+        raise UnknownNameError("label to sketch by", name, columns)
+    column = columns[name]
+    if not isinstance(column, Categorical) or len(column.values) > 64:
+        raise UsageError(f"--sketch-by {name}: it takes a text label of at most 64 values")
+    return column
+
+
+# -- making --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardSketch:
+    """What is kept of one shard, for each stratum.
+
+    Attributes
+    ----------
+    moments : ndarray of float64 (stratum, 9, neuron)
+        In the order of `stats.moments.MOMENT_NAMES`.
+    counts : ndarray of uint64 (stratum, KEYS)
+    norms : ndarray of float32 (token,)
+    values, tokens : ndarray of float32, int64 (stratum, 2, neuron, RANKS)
+        Largest and smallest; places that earlier blocks already beat are empty.
+    """
+
+    moments: np.ndarray
+    counts: np.ndarray
+    norms: np.ndarray
+    values: np.ndarray
+    tokens: np.ndarray
+
+    def tensors(self, prefix: str) -> dict[str, np.ndarray]:
+        """Compact arrays for a part file: tables and lists without their empty places."""
+        keys = np.flatnonzero(self.counts)
+        listed = np.flatnonzero(self.tokens < NO_TOKEN)
+        return {
+            f"{prefix}/moments": self.moments,
+            f"{prefix}/keys": keys.astype(np.uint32),
+            f"{prefix}/counts": self.counts.ravel()[keys].astype(np.uint32),
+            f"{prefix}/norms": self.norms,
+            f"{prefix}/places": listed.astype(np.uint32),
+            f"{prefix}/values": self.values.ravel()[listed],
+            f"{prefix}/tokens": self.tokens.ravel()[listed],
+        }
+
+
+class Sketcher:
+    """Makes the sketches of shards, and remembers what later ones need not list.
+
+    Safe to call from several writer threads.
+
+    Parameters
+    ----------
+    strata : Strata
+        Of all tokens.
+    """
+
+    def __init__(self, strata: Strata) -> None:
+        self._strata = strata
+        self._running: dict[tuple[str, int], np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def sketch(
+        self, stage: str, layer_index: int, layout: Layout, image: np.ndarray, first: int, rows: int
+    ) -> ShardSketch:
+        """Sketch one shard.
+
+        Parameters
+        ----------
+        stage, layer_index
+            Whose running extremes to use.
+        layout : Layout
+        image : ndarray (token chunk, neuron chunk, token, neuron)
+            The shard in memory, in `layout.memory_dtype`.
+        first : int
+            Token number of its first row.
+        rows : int
+            Tokens in it.
+        """
+        running = self._lists(stage, layer_index, layout.width)
+        limits = running[..., -1].copy()
+        codes = self._strata.codes[first : first + rows]
+        made = sketch_image(layout, image, codes, len(self._strata.names), first, limits)
+        with self._lock:
+            for old, new in zip(running, made.values, strict=True):
+                merge_limits(old, new)
+        return made
+
+    def _lists(self, stage: str, layer_index: int, width: int) -> np.ndarray:
+        with self._lock:
+            key = (stage, layer_index)
+            if key not in self._running:
+                self._running[key] = empty_lists(len(self._strata.names), width)[0]
+            return self._running[key]
+
+
+def sketch_image(
+    layout: Layout,
+    image: np.ndarray,
+    codes: np.ndarray,
+    n_strata: int,
+    first: int,
+    limits: np.ndarray,
+) -> ShardSketch:
+    """Sketch one shard image; `limits` only prune what is listed."""
+    width, rows = layout.width, len(codes)
+    moments = np.zeros((n_strata, 9, width))
+    moments[:, 5:7] = np.nan
+    counts = np.zeros((n_strata, KEYS), np.uint64)
+    norms = np.zeros(rows)
+    values, tokens = empty_lists(n_strata, width)
+    for top in range(0, rows, layout.chunk_rows):
+        here = codes[top : top + layout.chunk_rows]
+        members = [(s, np.flatnonzero(here == s)) for s in np.unique(here)]
+        for j in range(layout.grid[1]):
+            chunk = image[top // layout.chunk_rows, j, : len(here)]
+            x = chunk_values(layout, chunk)
+            keys = chunk if chunk.dtype.itemsize == 2 else chunk.view(np.uint16)[:, 1::2]
+            for s, chosen in members:
+                sketch_chunk(
+                    x,
+                    keys.view(np.uint16),
+                    chosen,
+                    first + top,
+                    j * layout.chunk_width,
+                    moments[s],
+                    counts[s],
+                    norms[top : top + len(here)],
+                    limits[s],
+                    values[s],
+                    tokens[s],
+                )
+    return ShardSketch(moments, counts, np.sqrt(norms).astype(np.float32), values, tokens)
+
+
+def empty_lists(n_strata: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of extremes with nothing in them."""
+    values = np.full((n_strata, 2, width, RANKS), -np.inf, np.float32)
+    values[:, 1] = np.inf
+    return values, np.full(values.shape, NO_TOKEN)
+
+
+def pack(sketches: Mapping[tuple[str, int], ShardSketch]) -> bytes:
+    """A block's sketches as one binary object (safetensors)."""
+    tensors: dict[str, np.ndarray] = {}
+    for (stage, layer_index), sketch in sorted(sketches.items()):
+        tensors |= sketch.tensors(f"{stage}/{layer_index}")
+    return save_tensors(tensors)
+
+
+# -- merging -------------------------------------------------------------------------------
+
+Part = Mapping[str, np.ndarray]
+Load = Callable[[StagePlan, int], Part]
+"""Gives the packed sketches of a stage and block."""
+
+
+def unpack(data: bytes) -> dict[str, np.ndarray]:
+    """The tensors of a packed part."""
+    return load_tensors(data)
+
+
+class _Drain:
+    """Zarr arrays in memory, whose finished objects are taken out as they are written."""
+
+    def __init__(self, metadata: Mapping[str, bytes]) -> None:
+        self._memory = MemoryStore()
+        make = default_buffer_prototype().buffer.from_bytes
+        self._memory._store_dict.update({key: make(data) for key, data in metadata.items()})
+        self._metadata = set(metadata)
+
+    def write(self, key: str, region: Any, values: np.ndarray) -> None:
+        zarr.open_array(self._memory, path=key, mode="r+")[region] = values
+
+    def objects(self) -> Iterator[tuple[str, bytes]]:
+        store = self._memory._store_dict
+        for key in sorted(set(store) - self._metadata):
+            yield key, store.pop(key).to_bytes()
+
+
+def granule_blocks(plan: Plan) -> int:
+    """Blocks of a granule."""
+    return max(1, GRANULE_TOKENS // plan.block_tokens)
+
+
+def merge(
+    plan: Plan, n_strata: int, metadata: Mapping[str, bytes], load: Load
+) -> Iterator[tuple[str, bytes]]:
+    """Merge all parts into the objects of ``sketch/``.
+
+    Parameters
+    ----------
+    plan : Plan
+    n_strata : int
+    metadata : mapping
+        The sketch arrays' ``zarr.json`` by key.
+    load : callable
+        ``load(stage, block)`` gives the tensors of a block's part.
+
+    Yields
+    ------
+    key, data
+        Objects to store.
+    """
+    for stage in plan.stages:
+        drain = _Drain(metadata)
+        total = _Total(len(stage.layers), n_strata, stage.layout.width)
+        step = granule_blocks(plan)
+        for granule, begin in enumerate(range(0, plan.n_blocks, step)):
+            blocks = range(begin, min(begin + step, plan.n_blocks))
+            zone, norms = total.granule([load(stage, block) for block in blocks], stage.name)
+            folder = f"sketch/{stage.name}"
+            for name, values in zip(MOMENT_NAMES, zone, strict=True):
+                drain.write(f"{folder}/zones/{name}", granule, values)
+            at = begin * plan.block_tokens
+            drain.write(f"{folder}/norm", np.s_[:, at : at + norms.shape[1]], norms)
+            yield from drain.objects()
+        for key, values in total.results():
+            drain.write(f"sketch/{stage.name}/{key}", Ellipsis, values)
+        yield from drain.objects()
+
+
+class _Total:
+    """Running totals of one stage over blocks in order."""
+
+    def __init__(self, layers: int, n_strata: int, width: int) -> None:
+        self._shape = (n_strata, layers, width)
+        self._moments = self._empty()
+        self._counts = np.zeros((layers, n_strata, KEYS), np.uint64)
+        lists = [empty_lists(n_strata, width) for _ in range(layers)]
+        # (layer, 2, stratum, neuron, rank): the sides outermost, as `insert_extremes` wants them
+        self._values = np.stack([v.swapaxes(0, 1) for v, _ in lists])
+        self._tokens = np.stack([t.swapaxes(0, 1) for _, t in lists])
+
+    def _empty(self) -> dict[str, np.ndarray]:
+        state = {name: np.zeros(self._shape) for name in MOMENT_NAMES}
+        state["min"][:] = state["max"][:] = np.nan
+        return state
+
+    def granule(self, parts: list[Part], stage: str) -> tuple[list[np.ndarray], np.ndarray]:
+        """Add consecutive blocks; gives the granule's own moments and norms."""
+        zone, norms = self._empty(), []
+        for part in parts:
+            layers = range(self._shape[1])
+            mine = [{n: part[f"{stage}/{i}/{n}"] for n in _TENSORS} for i in layers]
+            stacked = np.stack([m["moments"] for m in mine], axis=2)  # (stratum, 9, layer, neuron)
+            block = {name: stacked[:, i] for i, name in enumerate(MOMENT_NAMES)}
+            zone = merge_moments(zone, block)
+            norms.append(np.stack([m["norms"] for m in mine]))
+            for i, one in enumerate(mine):
+                self._counts[i].reshape(-1)[one["keys"]] += one["counts"]
+                self._insert(i, one)
+        self._moments = merge_moments(self._moments, zone)
+        return [zone[name] for name in MOMENT_NAMES], np.concatenate(norms, axis=1)
+
+    def _insert(self, layer: int, one: Part) -> None:
+        n_strata, _, width = self._shape
+        place = one["places"].astype(np.int64) // RANKS
+        stratum, rest = np.divmod(place, 2 * width)
+        side, neuron = np.divmod(rest, width)
+        insert_extremes(
+            self._values[layer].reshape(-1, RANKS),
+            self._tokens[layer].reshape(-1, RANKS),
+            (side * n_strata + stratum) * width + neuron,
+            one["values"],
+            one["tokens"],
+        )
+
+    def results(self) -> Iterator[tuple[str, np.ndarray]]:
+        for name in MOMENT_NAMES:
+            yield name, self._moments[name]
+        yield "counts", self._counts.swapaxes(0, 1)
+        tokens = np.where(self._tokens == NO_TOKEN, -1, self._tokens)
+        for side, name in enumerate(("largest", "smallest")):
+            values = np.where(tokens[:, side] < 0, np.nan, self._values[:, side])
+            yield f"{name}_value", values.swapaxes(0, 1)
+            yield f"{name}_token", tokens[:, side].swapaxes(0, 1)
+
+
+_TENSORS = ("moments", "keys", "counts", "norms", "places", "values", "tokens")

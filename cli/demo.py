@@ -1,0 +1,102 @@
+"""`actstore demo`: the main job on the embedded default, from nothing to answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import print_table, progress, say, size
+
+__all__ = ["add_demo_command"]
+
+STAGES = ("hidden", "mlp_in", "mlp_pre", "mlp_post", "mlp_out")
+
+
+def add_demo_command(app: typer.Typer) -> None:
+    app.command(epilog="Example: actstore demo /tmp/actstore-demo")(demo)
+
+
+def demo(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where the store and the picture go.")
+    ] = Path("actstore-demo"),
+    tokens: Annotated[int, typer.Option(help="Tokens to keep.")] = 8192,
+) -> None:
+    """Dump the shipped model over the shipped text, ask it questions, draw a picture."""
+    import actstore
+    from actstore.demo.corpus import demo_records
+    from actstore.fill import Progress
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "demo.zarr"
+    model, tokenizer = actstore.load_model("demo")
+    say(f"1. dump: the demo model reads {tokens:,} tokens of Python's own documentation")
+    with progress("dump", tokens, "tokens") as bar:
+
+        def report(now: Progress) -> None:
+            bar(now.tokens, size(now.nbytes))
+
+        store = actstore.dump(
+            model,
+            tokenizer,
+            demo_records(),
+            path,
+            stages=STAGES,
+            max_tokens=tokens,
+            name="demo",
+            progress=report,
+        )
+    assert store is not None  # a single process always seals
+    say(repr(store))
+    say("\n2. ask: moments per layer, the first position of each sequence left out")
+    moments = actstore.moments(store, per="layer", tokens="position > 0")
+    middle = moments["layer"].values[len(moments["layer"]) // 2]
+    densities = actstore.histogram(
+        store,
+        stages=STAGES[1:],
+        layers=[int(middle)],
+        bins=200,
+        range=(-4, 4),
+        density=True,
+        tokens="position > 0",
+    )
+    moments, densities = actstore.compute(moments, densities)
+    print_table(
+        ["stage", "layer", "mean", "std", "skewness", "kurtosis", "positive"],
+        [
+            [stage, int(layer), *(float(cell[v]) for v in _SHOWN)]
+            for stage in STAGES
+            for layer in moments["layer"].values
+            if (cell := moments.sel(stage=stage, layer=layer))["count"] > 0
+        ],
+    )
+    largest = store["mlp_post"].sel(layer=int(middle)).argmax(...)
+    token = int(largest["token"].compute())
+    neuron = int(largest["neuron"].compute())
+    say(f"\nmlp_post, layer {middle}: neuron {neuron} is largest at the end of")
+    say(f"  ...{store.decode(token, before=12)!r}")
+    picture = folder / "demo.png"
+    _draw(moments, densities, picture)
+    say(f"\n3. look: {picture}")
+    say(f"\nNext: actstore info {path}\n      actstore query histogram {path} --bins=-4:4:81")
+
+
+_SHOWN = ("mean", "std", "skewness", "kurtosis", "positive_fraction")
+
+
+def _draw(moments, densities, picture: Path) -> None:  # type: ignore[no-untyped-def]
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from actstore import plot
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    plot.histogram(densities, left)
+    plot.profile(moments, "std", right)
+    right.set_title("spread by layer")
+    figure.suptitle("The demo model over Python's documentation")
+    figure.savefig(picture, dpi=150)
