@@ -10,8 +10,8 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,6 +74,8 @@ def dump(
     passes: int = 1,
     batch_tokens: int | None = None,
     padding_side: str = "right",
+    sketch: bool = True,
+    sketch_by: str | None = None,
     rank: int = 0,
     world_size: int = 1,
     threads: int | None = None,
@@ -112,6 +114,10 @@ def dump(
         Tokens of a batch, padding included. Default: 1,024 on the CPU, 8,192 on a GPU.
     padding_side : {"right", "left"}
         Where short rows of a batch are padded.
+    sketch : bool
+        Make statistics while writing, which later answer most questions at once.
+    sketch_by : str, optional
+        A text label of at most 64 values, which the sketches keep apart.
     rank, world_size : int
         This process's share where several write the same store.
     threads : int, optional
@@ -145,6 +151,8 @@ def dump(
     ...     dict(store["mlp_post"].sizes)
     {'layer': 2, 'token': 5, 'neuron': 128}
     """
+    if _device(model).type == "meta":
+        raise ModelError("the model has no weights (it is on the meta device): load it with them")
     corpus = model_corpus(model, tokenizer, sequences, **corpus_options)
     plan, points = plan_model(
         model,
@@ -158,6 +166,8 @@ def dump(
         batch_tokens=batch_tokens,
         padding_side=padding_side,
         name=name,
+        sketch=sketch,
+        sketch_by=sketch_by,
     )
     words = vocabulary(tokenizer, vocab_size(model)) if tokenizer is not None else None
     with Writer(
@@ -211,6 +221,8 @@ def plan_model(
     batch_tokens: int | None = None,
     padding_side: str = "right",
     name: str | None = None,
+    sketch: bool = True,
+    sketch_by: str | None = None,
 ) -> tuple[Plan, list[HookPoint]]:
     """Plan a dump; see `dump` for the parameters. Works on a model on the meta device, too."""
     model = base_model(model)
@@ -246,6 +258,8 @@ def plan_model(
         batch_tokens=batch_tokens or _BATCH_TOKENS.get(device.type, 1024),
         padding_side=padding_side,
         provenance=_provenance(model, tokenizer, device, name),
+        sketch=sketch,
+        sketch_by=sketch_by,
     )
     return plan, points
 
@@ -281,9 +295,14 @@ def fill(
     layer_index = {s.name: {n: i for i, n in enumerate(s.layers)} for s in plan.stages}
     for index, group in enumerate(plan.passes):
         mine = [p for p in points if layer_index[p.stage][p.layer] in group[p.stage]]
-        staging = _Staging(device, _largest_rows(plan)) if staged else None
-        sink = _Sink(writer, mine, staging)
-        with torch.inference_mode(), capture(model, mine, sink) as watch:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(_evaluating(model))
+            staging = None
+            if staged:
+                staging = stack.enter_context(_Staging(device, _largest_rows(plan)))
+            sink = _Sink(writer, mine, staging)
+            watch = stack.enter_context(capture(model, mine, sink))
             for seen, batch in zip(_running_tokens(plan), plan.batches, strict=True):
                 if writer.wants(plan.batch_blocks(batch), index):
                     sink.pieces = _pieces(*plan.batch_places(batch), device)
@@ -293,8 +312,18 @@ def fill(
                 if progress is not None:
                     done = seen + index * plan.n_tokens
                     progress(Progress(done, plan.n_tokens * len(plan.passes), writer.bytes_written))
-        if staging is not None:
-            staging.close()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout: a model in training mode gives other values every time."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _Sink:
@@ -407,10 +436,13 @@ class _Staging:
                 self._error = error
             self._free.put(slot)
 
-    def close(self) -> None:
+    def __enter__(self) -> _Staging:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._filled.put(None)
         self._thread.join()
-        if self._error is not None:
+        if kind is None and self._error is not None:
             raise self._error
 
 

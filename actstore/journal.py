@@ -96,6 +96,10 @@ def record_key(index: int, block: int) -> str:
     return f"journal/p{index}.b{block:08d}.json"
 
 
+def part_key(index: int, block: int) -> str:
+    return f"journal/p{index}.b{block:08d}.sketch"
+
+
 def _json_float(value: float) -> float | None:
     return value if math.isfinite(value) else None
 

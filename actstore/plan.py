@@ -112,6 +112,12 @@ class Plan:
         Where short rows of a batch are padded.
     provenance : dict
         Where the values come from (model, tokenizer, versions), JSON only; part of the config.
+    sketch : bool
+        Whether statistics are made while writing.
+    sketch_by : str or None
+        Label whose values the sketches keep apart.
+    notes : tuple of str
+        What a person should know of the layout.
     """
 
     corpus: Corpus
@@ -122,6 +128,8 @@ class Plan:
     buffer: int
     padding_side: str
     provenance: Mapping[str, Any]
+    sketch: bool = True
+    sketch_by: str | None = None
     notes: tuple[str, ...] = ()
 
     # -- building ----------------------------------------------------------------------------
@@ -138,6 +146,8 @@ class Plan:
         batch_tokens: int = 1024,
         padding_side: str = "right",
         provenance: Mapping[str, Any] | None = None,
+        sketch: bool = True,
+        sketch_by: str | None = None,
     ) -> Plan:
         """Lay out blocks and batches.
 
@@ -159,6 +169,10 @@ class Plan:
             Where short rows are padded.
         provenance : mapping, optional
             JSON facts about the model, stored and compared on resume.
+        sketch : bool
+            Make statistics while writing, which later answer most questions at once.
+        sketch_by : str, optional
+            A text label of at most 64 values, which the sketches keep apart.
 
         Raises
         ------
@@ -203,6 +217,8 @@ class Plan:
             max(buffer, peak_buffer(corpus, batches, block, per_token, one_layer)),
             padding_side,
             dict(provenance or {}),
+            sketch,
+            sketch_by,
         )
         return plan._with_notes(per_token)
 

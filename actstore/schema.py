@@ -16,8 +16,13 @@ from .errors import UnknownNameError, UsageError
 __all__ = [
     "DIMS",
     "FORMAT",
+    "GRANULE_TOKENS",
+    "KEYS",
     "MLP_STAGES",
+    "MOMENTS",
+    "RANKS",
     "STAGES",
+    "STRATA",
     "TOKEN_COORDS",
     "Categorical",
     "layer_name",
@@ -55,6 +60,31 @@ TOKEN_COORDS: dict[str, str] = {
     "token_id": "index of the token in vocabulary/",
 }
 """Coordinates that every stage carries along `token`, beside the label columns."""
+
+STRATA = ("first", "special", "rest")
+"""Classes of tokens that sketches keep apart: position 0, special tokens elsewhere, the rest."""
+
+MOMENTS: dict[str, str] = {
+    "count": "values",
+    "mean": "mean",
+    "m2": "sum of squares about the mean",
+    "m3": "sum of cubes about the mean",
+    "m4": "sum of fourth powers about the mean",
+    "min": "smallest value",
+    "max": "largest value",
+    "zeros": "exact zeros",
+    "positives": "values above zero",
+}
+"""What sketches keep of every neuron."""
+
+KEYS = 2**16
+"""Entries of a count table: one for each value of an element's upper 16 bits."""
+
+RANKS = 20
+"""Length of a sketch's lists of largest and smallest values."""
+
+GRANULE_TOKENS = 2**14
+"""Least number of tokens that a zone map's entry is about."""
 
 
 @dataclass(frozen=True)

@@ -126,17 +126,18 @@ class Layout:
         try:
             _, _, neurons = shape = metadata["shape"]
             _, rows, width = shard = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-            _, *inner = metadata["codecs"][0]["configuration"]["chunk_shape"]
+            sharding = metadata["codecs"][0]["configuration"]
+            _, chunk_rows, chunk_width = chunk = sharding["chunk_shape"]
             kind = metadata["data_type"], metadata["attributes"]["source_dtype"]
             keys = metadata["chunk_key_encoding"]
             sane = (
-                all(type(n) is int and n > 0 for n in (*shape, *shard, *inner))
-                and (rows % inner[0], width % inner[1]) == (0, 0)
+                all(type(n) is int and n > 0 for n in (*shape, *shard, *chunk))
+                and (rows % chunk_rows, width % chunk_width) == (0, 0)
                 and (shard[0], width) == (1, neurons)
                 and kind in _KINDS
                 and keys == {"name": "default", "configuration": {"separator": "."}}
             )
-            layout = cls(rows, width, *inner, *kind) if sane else None
+            layout = cls(rows, width, chunk_rows, chunk_width, *kind) if sane else None
         except (KeyError, IndexError, TypeError, ValueError):
             return None
         return layout if layout and layout.codecs() == metadata["codecs"] else None
@@ -168,7 +169,7 @@ def summarise(layout: Layout, buffer: np.ndarray, rows: int) -> ShardSummary:
     """Extremes of the finite values, and the count of the others, over the first `rows` tokens."""
     low, high, nonfinite = np.inf, -np.inf, 0
     for _, chunk in _used_chunks(layout, layout.image(buffer), rows):
-        values = _values(layout, chunk)
+        values = chunk_values(layout, chunk)
         a, b = float(values.min()), float(values.max())
         if not (np.isfinite(a) and np.isfinite(b)):
             finite = values[np.isfinite(values)]
@@ -287,7 +288,7 @@ def _used_chunks(
             yield (i, j), image[i, j, :inside]
 
 
-def _values(layout: Layout, chunk: np.ndarray) -> np.ndarray:
+def chunk_values(layout: Layout, chunk: np.ndarray) -> np.ndarray:
     """The chunk's values in float32, in which min and max are fast."""
     if layout.compressed:
         return _widen(chunk)
@@ -377,7 +378,8 @@ def _decode_chunk(layout: Layout, reader: LocalReader, body: np.ndarray) -> np.n
     if layout.compressed:
         # The lengths in the header are checked first: crafted ones could ask for any memory, or
         # have bytes read from beyond the chunk.
-        if body[4:8].tobytes() + body[12:16].tobytes() != _two(layout.chunk_nbytes, len(body)):
+        right = [layout.chunk_nbytes, len(body)]
+        if len(body) < 16 or body[:16].view("<u4")[[1, 3]].tolist() != right:
             raise _corrupt(reader, "a compressed chunk has the wrong length")
         decoded = np.empty(layout.chunk_nbytes, np.uint8)
         try:
@@ -389,10 +391,6 @@ def _decode_chunk(layout: Layout, reader: LocalReader, body: np.ndarray) -> np.n
         raise _corrupt(reader, "a chunk has the wrong length")
     dtype = np.dtype(layout.dtype).newbyteorder("<")
     return np.frombuffer(body, dtype).reshape(layout.chunk_rows, layout.chunk_width)
-
-
-def _two(a: int, b: int) -> bytes:
-    return a.to_bytes(4, "little") + b.to_bytes(4, "little")
 
 
 def _corrupt(reader: LocalReader, what: str) -> CorruptStoreError:

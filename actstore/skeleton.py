@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,17 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from .plan import Plan, StagePlan
-from .schema import DIMS, STAGES, TOKEN_COORDS, Categorical, layer_name
+from .schema import (
+    DIMS,
+    GRANULE_TOKENS,
+    KEYS,
+    MOMENTS,
+    RANKS,
+    STAGES,
+    TOKEN_COORDS,
+    Categorical,
+    layer_name,
+)
 
 __all__ = ["Skeleton", "build"]
 
@@ -44,7 +54,12 @@ class Skeleton:
     groups: dict[str, bytes]
 
 
-def build(plan: Plan, vocabulary: np.ndarray | None, attributes: Mapping[str, Any]) -> Skeleton:
+def build(
+    plan: Plan,
+    vocabulary: np.ndarray | None,
+    attributes: Mapping[str, Any],
+    strata: Sequence[str] | None = None,
+) -> Skeleton:
     """Lay out the empty store of a plan.
 
     Parameters
@@ -55,6 +70,8 @@ def build(plan: Plan, vocabulary: np.ndarray | None, attributes: Mapping[str, An
         Text of each token id.
     attributes : mapping
         The root's ``actstore`` attribute.
+    strata : sequence of str, optional
+        Names of the classes of tokens that sketches keep apart; None for no sketches.
     """
     memory = MemoryStore()
     zarr.create_group(memory, zarr_format=3, attributes={"actstore": dict(attributes)})
@@ -66,6 +83,8 @@ def build(plan: Plan, vocabulary: np.ndarray | None, attributes: Mapping[str, An
         coords = _stage_coords(plan, stage)
         _write(memory, stage.name, coords)
         _create_activation(memory, plan, stage, [str(name) for name in coords.coords])
+    if strata is not None:
+        create_sketches(memory, plan.stages, plan.n_tokens, plan.block_tokens, strata)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         for stage in plan.stages:
@@ -120,6 +139,70 @@ def _create_activation(
             "source_dtype": layout.source_dtype,
             "coordinates": " ".join(c for c in coordinates if c not in DIMS),
         },
+        zarr_format=3,
+    )
+
+
+def create_sketches(
+    memory: MemoryStore,
+    stages: Sequence[StagePlan],
+    n_tokens: int,
+    block_tokens: int,
+    strata: Sequence[str],
+) -> None:
+    """Lay out ``sketch/``: for each stage its totals, and by granule its zone maps."""
+    granule = block_tokens * max(1, GRANULE_TOKENS // block_tokens)
+    n = len(strata)
+    names = np.array(strata, dtype=object)
+    _group(memory, "sketch")
+    for stage in stages:
+        folder, layers, width = f"sketch/{stage.name}", len(stage.layers), stage.layout.width
+        coords = {
+            "stratum": ("stratum", names, {"long_name": "class of tokens"}),
+            "layer": ("layer", np.array(stage.layers, np.int64)),
+            "neuron": ("neuron", np.arange(width)),
+        }
+        _write(memory, folder, xr.Dataset(coords=coords))
+        _write(memory, f"{folder}/zones", xr.Dataset(coords=coords))
+        each = {"stratum": n, "layer": layers, "neuron": width}
+        for name, what in MOMENTS.items():
+            _array(memory, f"{folder}/{name}", each, "float64", what)
+            zones = {"granule": -(-n_tokens // granule), **each}
+            _array(memory, f"{folder}/zones/{name}", zones, "float64", what, {"granule": 1})
+        keys = {"stratum": n, "layer": layers, "key": KEYS}
+        _array(memory, f"{folder}/counts", keys, "uint64", "values by their upper 16 bits")
+        ranked = {**each, "rank": RANKS}
+        one = {"layer": 1}
+        for side in ("largest", "smallest"):
+            value, token = f"{folder}/{side}_value", f"{folder}/{side}_token"
+            _array(memory, value, ranked, "float32", f"{side} values, best first", one)
+            _array(memory, token, ranked, "int64", "their tokens; -1 for none", one)
+        norms = {"layer": layers, "token": n_tokens}
+        _array(memory, f"{folder}/norm", norms, "float32", "Euclidean norm", {"token": granule})
+
+
+def _group(memory: MemoryStore, path: str) -> None:
+    zarr.create_group(memory, path=path, zarr_format=3)
+
+
+def _array(
+    memory: MemoryStore,
+    path: str,
+    sizes: Mapping[str, int],
+    dtype: str,
+    description: str,
+    chunks: Mapping[str, int] | None = None,
+) -> None:
+    whole = {**sizes, **(chunks or {})}
+    zarr.create_array(
+        memory,
+        name=path,
+        shape=tuple(sizes.values()),
+        chunks=tuple(whole.values()),
+        dtype=dtype,
+        fill_value=float("nan") if dtype.startswith("float") else 0,
+        dimension_names=tuple(sizes),
+        attributes={"long_name": description},
         zarr_format=3,
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import zarr
+from crc32c import crc32c
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from zarr.core.buffer import default_buffer_prototype
@@ -23,16 +24,12 @@ from zarr.storage import MemoryStore
 from .corpus import Corpus
 from .errors import UnknownNameError, UsageError
 from .plan import Plan, StagePlan
-from .schema import Categorical
+from .schema import GRANULE_TOKENS, KEYS, MOMENTS, RANKS, STRATA, Categorical
 from .shard import Layout, chunk_values
-from .stats.moments import MOMENT_NAMES, merge_moments
-from .stats.sketching import KEYS, NO_TOKEN, insert_extremes, merge_limits, sketch_chunk
+from .stats.moments import merge_moments
+from .stats.sketching import NO_TOKEN, insert_extremes, merge_limits, sketch_chunk
 
-__all__ = ["GRANULE_TOKENS", "RANKS", "STRATA", "ShardSketch", "Sketcher", "merge", "strata_of"]
-
-STRATA = ("first", "special", "rest")
-RANKS = 20
-GRANULE_TOKENS = 2**14
+__all__ = ["ShardSketch", "Sketcher", "Strata", "merge", "pack", "plan_strata", "strata_of"]
 
 
 @dataclass(frozen=True)
@@ -67,13 +64,12 @@ def strata_of(
     return Strata(names, (codes + 3 * label.codes).astype(np.uint16))
 
 
-def plan_strata(plan: Plan) -> Strata:
-    """Strata of a plan's kept tokens."""
+def plan_strata(plan: Plan, by: str | None) -> Strata:
+    """Strata of a plan's kept tokens, and of each value of a label."""
     corpus, kept = plan.corpus, plan.kept
     label = None
-    if plan.sketch_by is not None:
-        label = _label(corpus, plan.sketch_by)
-        label = label[corpus.sequence[kept] if plan.sketch_by in corpus.sequence_labels else kept]
+    if by is not None:
+        label = _label(corpus, by)[corpus.sequence[kept] if by in corpus.sequence_labels else kept]
     return strata_of(corpus.position[kept], corpus.special[kept], label)
 
 
@@ -97,7 +93,7 @@ class ShardSketch:
     Attributes
     ----------
     moments : ndarray of float64 (stratum, 9, neuron)
-        In the order of `stats.moments.MOMENT_NAMES`.
+        In the order of `schema.MOMENTS`.
     counts : ndarray of uint64 (stratum, KEYS)
     norms : ndarray of float32 (token,)
     values, tokens : ndarray of float32, int64 (stratum, 2, neuron, RANKS)
@@ -222,11 +218,16 @@ def empty_lists(n_strata: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack(sketches: Mapping[tuple[str, int], ShardSketch]) -> bytes:
-    """A block's sketches as one binary object (safetensors)."""
+    """A block's sketches as one binary object: safetensors, then a crc32c.
+
+    The commit record does not know of it: what earlier blocks let it leave out of the lists
+    depends on the order of writing, and records do not.
+    """
     tensors: dict[str, np.ndarray] = {}
     for (stage, layer_index), sketch in sorted(sketches.items()):
         tensors |= sketch.tensors(f"{stage}/{layer_index}")
-    return save_tensors(tensors)
+    data = save_tensors(tensors)
+    return data + crc32c(data).to_bytes(4, "little")
 
 
 # -- merging -------------------------------------------------------------------------------
@@ -236,9 +237,10 @@ Load = Callable[[StagePlan, int], Part]
 """Gives the packed sketches of a stage and block."""
 
 
-def unpack(data: bytes) -> dict[str, np.ndarray]:
-    """The tensors of a packed part."""
-    return load_tensors(data)
+def unpack(data: bytes) -> dict[str, np.ndarray] | None:
+    """The tensors of a packed part; None if it is damaged."""
+    body, tail = data[:-4], data[-4:]
+    return load_tensors(body) if crc32c(body) == int.from_bytes(tail, "little") else None
 
 
 class _Drain:
@@ -291,7 +293,7 @@ def merge(
             blocks = range(begin, min(begin + step, plan.n_blocks))
             zone, norms = total.granule([load(stage, block) for block in blocks], stage.name)
             folder = f"sketch/{stage.name}"
-            for name, values in zip(MOMENT_NAMES, zone, strict=True):
+            for name, values in zip(MOMENTS, zone, strict=True):
                 drain.write(f"{folder}/zones/{name}", granule, values)
             at = begin * plan.block_tokens
             drain.write(f"{folder}/norm", np.s_[:, at : at + norms.shape[1]], norms)
@@ -308,13 +310,13 @@ class _Total:
         self._shape = (n_strata, layers, width)
         self._moments = self._empty()
         self._counts = np.zeros((layers, n_strata, KEYS), np.uint64)
-        lists = [empty_lists(n_strata, width) for _ in range(layers)]
-        # (layer, 2, stratum, neuron, rank): the sides outermost, as `insert_extremes` wants them
-        self._values = np.stack([v.swapaxes(0, 1) for v, _ in lists])
-        self._tokens = np.stack([t.swapaxes(0, 1) for _, t in lists])
+        # The sides outermost, as `insert_extremes` wants them.
+        self._values = np.full((layers, 2, n_strata, width, RANKS), -np.inf, np.float32)
+        self._values[:, 1] = np.inf
+        self._tokens = np.full(self._values.shape, NO_TOKEN)
 
     def _empty(self) -> dict[str, np.ndarray]:
-        state = {name: np.zeros(self._shape) for name in MOMENT_NAMES}
+        state = {name: np.zeros(self._shape) for name in MOMENTS}
         state["min"][:] = state["max"][:] = np.nan
         return state
 
@@ -325,14 +327,14 @@ class _Total:
             layers = range(self._shape[1])
             mine = [{n: part[f"{stage}/{i}/{n}"] for n in _TENSORS} for i in layers]
             stacked = np.stack([m["moments"] for m in mine], axis=2)  # (stratum, 9, layer, neuron)
-            block = {name: stacked[:, i] for i, name in enumerate(MOMENT_NAMES)}
+            block = {name: stacked[:, i] for i, name in enumerate(MOMENTS)}
             zone = merge_moments(zone, block)
             norms.append(np.stack([m["norms"] for m in mine]))
             for i, one in enumerate(mine):
                 self._counts[i].reshape(-1)[one["keys"]] += one["counts"]
                 self._insert(i, one)
         self._moments = merge_moments(self._moments, zone)
-        return [zone[name] for name in MOMENT_NAMES], np.concatenate(norms, axis=1)
+        return [zone[name] for name in MOMENTS], np.concatenate(norms, axis=1)
 
     def _insert(self, layer: int, one: Part) -> None:
         n_strata, _, width = self._shape
@@ -348,7 +350,7 @@ class _Total:
         )
 
     def results(self) -> Iterator[tuple[str, np.ndarray]]:
-        for name in MOMENT_NAMES:
+        for name in MOMENTS:
             yield name, self._moments[name]
         yield "counts", self._counts.swapaxes(0, 1)
         tokens = np.where(self._tokens == NO_TOKEN, -1, self._tokens)

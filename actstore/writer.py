@@ -11,7 +11,6 @@ else. `dump` stands on this; people with their own loops use it directly.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from crc32c import crc32c
 
 from . import journal, skeleton
 from .errors import (
@@ -37,7 +35,16 @@ from .journal import Record, ShardRecord
 from .plan import Plan, StagePlan
 from .pool import BufferPool
 from .schema import FORMAT
+from .seal import (
+    block_records,
+    put_if_new,
+    seal,
+    sealed_settings,
+    sealed_sketches,
+    sketch_objects,
+)
 from .shard import digest, encode, summarise
+from .sketch import ShardSketch, Sketcher, pack, plan_strata
 from .storage import LocalStorage
 
 __all__ = ["Writer"]
@@ -131,7 +138,7 @@ class Writer:
         self._shards_per_block = [sum(len(v) for v in group.values()) for group in plan.passes]
         self._open: dict[tuple[str, int, int], _OpenShard] = {}
         self._sent: dict[tuple[int, int], set[tuple[str, int]]] = {}
-        self._done: dict[tuple[int, int], list[ShardRecord]] = {}
+        self._done: dict[tuple[int, int], list[tuple[ShardRecord, ShardSketch | None]]] = {}
         self._lock = threading.Lock()
 
     # -- life --------------------------------------------------------------------------------
@@ -164,6 +171,11 @@ class Writer:
         storage, plan = self.storage, self.plan
         stored = self._stored_plan()
         self._check_room(bool(stored))
+        self._was_sealed = storage.exists("zarr.json")
+        self._settings = self._sketch_settings(stored)
+        self._strata = plan_strata(plan, self._settings["by"]) if self._settings else None
+        # A sealed store's sketches are kept: redone blocks have the same values.
+        self._sketcher = Sketcher(self._strata) if self._strata and not self._was_sealed else None
         try:
             storage.make_folder("journal")
         except OSError as error:
@@ -173,14 +185,23 @@ class Writer:
             stack.enter_context(storage.lock(f"journal/rank-{self.rank}-of-{self.world_size}"))
         if stored is None:
             storage.put_durable(journal.PLAN, journal.sealed_json(self._plan_record()))
-        self._skeleton = skeleton.build(plan, self._vocabulary, self._attributes())
+        names = self._strata.names if self._strata else None
+        self._skeleton = skeleton.build(plan, self._vocabulary, self._attributes(), names)
         for key, data in self._skeleton.objects.items():
-            self._put_if_new(key, data)
+            put_if_new(storage, key, data)
         self.missing = self._find_missing()
 
-    def _put_if_new(self, key: str, data: bytes) -> None:
-        if self.storage.get(key) != data:
-            self.storage.put_durable(key, data)
+    def _sketch_settings(self, stored: dict[str, Any] | None) -> dict[str, Any] | None:
+        """How to sketch: as the store was begun; a sealed one may have got its sketches later."""
+        if self._was_sealed:
+            return sealed_settings(self.storage)
+        asked = {"by": self.plan.sketch_by} if self.plan.sketch else None
+        if stored is not None and stored["sketch"] != asked:
+            raise PlanError(
+                f"{self.storage.root} was begun with sketches {_sketching(stored['sketch'])}, and "
+                f"this is {_sketching(asked)}: give the same options, or choose another output"
+            )
+        return asked
 
     def _stored_plan(self) -> dict[str, Any] | None:
         root = self.storage.root
@@ -210,6 +231,7 @@ class Writer:
             "tokens": self.plan.n_tokens,
             "blocks": self.plan.n_blocks,
             "passes": len(self.plan.passes),
+            "sketch": self._settings,
         }
 
     def _attributes(self) -> dict[str, Any]:
@@ -220,6 +242,7 @@ class Writer:
             "config_hash": plan.config_hash,
             **plan.config,
             "notes": plan.corpus.notes,
+            **({"sketch": self._settings} if self._settings else {}),
         }
 
     def _check_room(self, resuming: bool) -> None:
@@ -247,7 +270,7 @@ class Writer:
         A sealed store is read whole and checked, since rerunning its dump is how it is repaired;
         an unfinished one is believed where a record stands and its shards have the right size.
         """
-        was_sealed = self.storage.exists("zarr.json")
+        was_sealed = self._was_sealed
         missing = []
         for index in range(len(self.plan.passes)):
             mask = np.zeros(self.plan.n_blocks, bool)
@@ -401,7 +424,8 @@ class Writer:
         try:
             if self._pool.failed:
                 raise WriteError("not written, because an earlier shard failed")
-            self._commit(shard, self._encode_and_put(shard))
+            sketch = self._sketch(shard)
+            self._commit(shard, self._encode_and_put(shard), sketch)
             self._pool.release(shard.buffer, shard.stage.layout.image_nbytes)
         except ActstoreError as error:
             self._pool.fail(error)
@@ -415,6 +439,19 @@ class Writer:
             )
         except BaseException as error:
             self._pool.fail(error)
+
+    def _sketch(self, shard: _OpenShard) -> ShardSketch | None:
+        if self._sketcher is None:
+            return None
+        first = shard.block * self.plan.block_tokens
+        return self._sketcher.sketch(
+            shard.stage.name,
+            shard.layer_index,
+            shard.stage.layout,
+            shard.image,
+            first,
+            len(shard.filled),
+        )
 
     def _encode_and_put(self, shard: _OpenShard) -> ShardRecord:
         stage, rows = shard.stage, len(shard.filled)
@@ -434,58 +471,60 @@ class Writer:
             self.bytes_written += nbytes
         return ShardRecord(key, nbytes, checksum, summary)
 
-    def _commit(self, shard: _OpenShard, record: ShardRecord) -> None:
+    def _commit(self, shard: _OpenShard, record: ShardRecord, sketch: ShardSketch | None) -> None:
         """Note a durable shard; the last of its block commits the block."""
         place = (shard.index, shard.block)
         with self._lock:
-            records = self._done.setdefault(place, [])
-            records.append(record)
-            if len(records) < self._shards_per_block[shard.index]:
+            done = self._done.setdefault(place, [])
+            done.append((record, sketch))
+            if len(done) < self._shards_per_block[shard.index]:
                 return
             del self._done[place]
         for name, layers in self.plan.passes[shard.index].items():
             if layers:
                 self.storage.sync_folder(self._stages[name].folder)
-        whole = Record(shard.index, shard.block, tuple(records))
+        records = tuple(r for r, _ in done)
+        if self._sketcher:
+            self._put_part(place, done)
+        whole = Record(shard.index, shard.block, records)
         self.storage.put_durable(journal.record_key(*place), whole.encode())
         self.missing[shard.index][shard.block] = False
         self._sent.pop(place, None)
 
+    def _put_part(
+        self, place: tuple[int, int], done: list[tuple[ShardRecord, ShardSketch | None]]
+    ) -> None:
+        """Write a block's sketches beside its record, until they are merged at seal."""
+        layers = {
+            stage.key(i, place[1]): (stage.name, i)
+            for stage in self.plan.stages
+            for i in range(len(stage.layers))
+        }
+        data = pack({layers[r.key]: s for r, s in done if s is not None})
+        self.storage.put(journal.part_key(*place), data)
+
     # -- sealing -----------------------------------------------------------------------------
 
     def _seal(self) -> None:
-        """Write manifest and groups once every rank's blocks are there; whoever is last does it.
+        """Seal once every rank's blocks are there; whoever is last does it.
 
         Two ranks that finish together write the same bytes.
         """
-        records = []
-        for index in range(len(self.plan.passes)):
-            for block in range(self.plan.n_blocks):
-                if Record.read(self.storage, index, block) is None:
-                    return
-                records.append(self.storage.get(journal.record_key(index, block)) or b"")
-        objects = {key: [len(data), crc32c(data)] for key, data in self._skeleton.objects.items()}
-        identity = journal.content_id(self.plan.config_hash, objects, records)
-        manifest = {
-            "id": identity,
-            "objects": objects,
-            "records": {"count": len(records), "crc32c": crc32c(b"".join(records))},
-        }
-        groups = dict(self._skeleton.groups)
-        root = json.loads(groups.pop("zarr.json"))
-        root["attributes"]["actstore"]["id"] = identity
-        self._put_if_new(journal.MANIFEST, journal.sealed_json(manifest))
-        for key, data in groups.items():
-            self._put_if_new(key, data)
-        for key in self.storage.keys("journal"):
-            if key.startswith("journal/rank-"):
-                self.storage.delete(key)
-        # Not in the folders above, where another rank may be sealing the same.
-        for folder in {key.rpartition("/")[0] for key in self._skeleton.objects}:
-            self.storage.sweep(folder)
-        self.storage.sweep("journal", begins="p")
-        self._put_if_new("zarr.json", json.dumps(root, indent=2).encode())
+        records = block_records(self.storage, self.plan)
+        if records is None:
+            return
+        sketches: dict[str, list[int]] = {}
+        if self._strata is not None:
+            kept = sealed_sketches(self.storage) if self._was_sealed else None
+            sketches = kept or sketch_objects(self.storage, self.plan, self._skeleton, self._strata)
+        seal(self.storage, self.plan, self._skeleton, records, sketches)
         self.sealed = True
+
+
+def _sketching(settings: dict[str, Any] | None) -> str:
+    if settings is None:
+        return "off"
+    return f"by {settings['by']}" if settings["by"] else "on"
 
 
 def half_overflow(stage: StagePlan, layer_index: int, value: float, count: int) -> Exception:

@@ -35,7 +35,17 @@ _CORPUS = (
     "skip_first",
     "max_tokens",
 )
-_PLAN = ("stages", "layers", "dtype", "buffer", "passes", "batch_tokens", "padding_side")
+_PLAN = (
+    "stages",
+    "layers",
+    "dtype",
+    "buffer",
+    "passes",
+    "batch_tokens",
+    "padding_side",
+    "sketch",
+    "sketch_by",
+)
 
 Panel = {
     "model": "Model",
@@ -118,6 +128,13 @@ def job(
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
         _option("Stored element type; default the model's.", "capture"),
+    ] = None,
+    sketch: Annotated[
+        bool,
+        _option("Make statistics while writing.", "capture", "--sketch/--no-sketch"),
+    ] = True,
+    sketch_by: Annotated[
+        str | None, _option("A label whose values the sketches keep apart.", "capture")
     ] = None,
     buffer: Annotated[
         str, _option("Host memory for activations being gathered and written.", "run")

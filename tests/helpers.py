@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import numpy as np
 import torch
 
 from actstore.corpus import Corpus, build, label_column
+from actstore.demo.corpus import documents
 from actstore.plan import Plan, StageSpec
 from actstore.writer import Writer
 
-WORDS = "<s> The sea ship was slow and wide . cold <b>& 5".split()
+WORDS = ["<s>", "The", "sea", "ship", "was", "slow", "and", "wide", ".", "cold", "<b>&", "5"]
 VOCABULARY = np.array([WORDS[0], *(" " + w for w in WORDS[1:])], dtype=object)
 PLAYS = ["As You Like It", "Lear", "", "<b>Hamlet</b> & co"]
 
@@ -111,9 +114,7 @@ def put_all(writer: Writer, values: Mapping[str, np.ndarray]) -> None:
             writer.put(stage.name, layer, 0, values[stage.name][i])
 
 
-def write_store(
-    path: Path, plan: Plan, values: Mapping[str, np.ndarray], **options: Any
-) -> Writer:
+def write_store(path: Path, plan: Plan, values: Mapping[str, np.ndarray], **options: Any) -> Writer:
     """Write a store, sealed unless another rank still has blocks to write."""
     with Writer(path, plan, **options) as writer:
         put_all(writer, values)
@@ -140,3 +141,28 @@ def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 0x40
     path.write_bytes(data)
+
+
+def tree_digests(root: Path) -> dict[str, str]:
+    """Digest of every file of a folder by its key, and of every folder that is empty."""
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else ""
+        for p in sorted(root.rglob("*"))
+        if p.is_file() or not any(p.iterdir())
+    }
+
+
+def assert_same_tree(found: Path | dict[str, str], expected: Path | dict[str, str]) -> None:
+    """Same files with the same bytes, and nothing beside them; says which differ."""
+    a = found if isinstance(found, dict) else tree_digests(found)
+    b = expected if isinstance(expected, dict) else tree_digests(expected)
+    different = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))
+    assert not different, f"{len(different)} of {len(b)} differ, such as {different[:5]}"
+
+
+@cache
+def prose(characters: int) -> str:
+    """Text of the demo corpus, which the demo model was not trained on; at most 220,000."""
+    text = "\n\n".join(d.text for d in documents(held_out=True))
+    assert len(text) >= characters
+    return text[:characters]

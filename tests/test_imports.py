@@ -26,6 +26,8 @@ ORDER = [
     "journal",
     "skeleton",
     "pool",
+    "sketch",
+    "seal",
     "store",
     "writer",
     "demo",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import errno
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,7 +236,8 @@ def test_summary_is_numpys(geometry: tuple[Layout, int], seed: int) -> None:
     layout, rows = geometry
     values = any_values(layout, rows, seed)
     summary = summarise(layout, filled(layout, values), rows)
-    wide = values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        wide = values.astype(np.float64)
     finite = wide[np.isfinite(wide)]
     assert summary.nonfinite == wide.size - finite.size
     assert summary.minimum == (finite.min() if finite.size else np.inf)
@@ -423,14 +426,8 @@ def test_our_own_layouts_are_known_again(geometry: tuple[Layout, int]) -> None:
 def test_the_codecs_are_those_that_stock_zarr_notes(tmp_path: Path) -> None:
     for dtype, source in KINDS:
         layout = Layout(6, 4, 2, 2, dtype, source)
-        array = stock_array(layout, tmp_path / "a.zarr", 5)
-        assert array.metadata.to_dict()["codecs"] is not None
-        noted = zarr.open_array(tmp_path / "a.zarr").metadata.to_buffer_dict(
-            zarr.core.buffer.default_buffer_prototype()
-        )
-        import json
-
-        stored = json.loads(noted["zarr.json"].to_bytes())
+        stock_array(layout, tmp_path / "a.zarr", 5)
+        stored = json.loads((tmp_path / "a.zarr/zarr.json").read_text())
         stored["attributes"]["source_dtype"] = source
         assert Layout.of_array(stored) == layout
 
@@ -444,7 +441,10 @@ def changes() -> Iterator[tuple[str, Any]]:
     yield "index first", ((*sharding, "index_location"), "start")
     yield "big endian", ((*sharding, "codecs", 0, "configuration", "endian"), "big")
     yield "no checksum", ((*sharding, "codecs"), BASE["codecs"][0]["configuration"]["codecs"][:1])
-    yield "no index checksum", ((*sharding, "index_codecs"), BASE["codecs"][0]["configuration"]["codecs"][:1])
+    yield (
+        "no index checksum",
+        ((*sharding, "index_codecs"), BASE["codecs"][0]["configuration"]["codecs"][:1]),
+    )
     yield "chunks over layers", ((*sharding, "chunk_shape"), [2, 2, 2])
     yield "chunks of nothing", ((*sharding, "chunk_shape"), [1, 0, 2])
     yield "chunks of no width", ((*sharding, "chunk_shape"), [1, 2, 0])
@@ -454,7 +454,10 @@ def changes() -> Iterator[tuple[str, Any]]:
     yield "chunks as fractions", ((*sharding, "chunk_shape"), [1, 2.0, 2])
     yield "two dimensions", ((*sharding, "chunk_shape"), [2, 2])
     yield "shards over layers", (("chunk_grid", "configuration", "chunk_shape"), [2, 6, 4])
-    yield "shards over part of the width", (("chunk_grid", "configuration", "chunk_shape"), [1, 6, 2])
+    yield (
+        "shards over part of the width",
+        (("chunk_grid", "configuration", "chunk_shape"), [1, 6, 2]),
+    )
     yield "shards of nothing", (("chunk_grid", "configuration", "chunk_shape"), [1, 0, 4])
     yield "slashes in keys", (("chunk_key_encoding", "configuration", "separator"), "/")
     yield "keys of version 2", (("chunk_key_encoding", "name"), "v2")
@@ -493,8 +496,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalStora
     if request.param == "disk":
         yield LocalStorage(tmp_path)
         return
-    import tempfile
-
     with tempfile.TemporaryDirectory(dir=request.param) as folder:
         yield LocalStorage(folder)
 

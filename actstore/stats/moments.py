@@ -9,11 +9,11 @@ import numpy as np
 
 from .streaming import State
 
-__all__ = ["Moments", "merge_moments", "moments_of"]
+__all__ = ["MOMENT_NAMES", "Moments", "merge_moments", "moments_of"]
 
 _TILE_ROWS = 128
 _TILE_COLUMNS = 256
-_NAMES = ("count", "mean", "m2", "m3", "m4", "min", "max", "zeros", "positives")
+MOMENT_NAMES = ("count", "mean", "m2", "m3", "m4", "min", "max", "zeros", "positives")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def moments_of(values_tn: np.ndarray) -> State:
     """
     values = np.ascontiguousarray(values_tn, np.float32)
     sums = _moments(values)
-    return dict(zip(_NAMES, sums, strict=True))
+    return dict(zip(MOMENT_NAMES, sums, strict=True))
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")

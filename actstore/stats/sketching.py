@@ -11,10 +11,7 @@ import numpy as np
 
 from .moments import _merge_tile
 
-__all__ = ["KEYS", "NO_TOKEN", "sketch_chunk"]
-
-KEYS = 2**16
-"""Entries of a count table: one for each value of an element's upper 16 bits."""
+__all__ = ["NO_TOKEN", "insert_extremes", "merge_limits", "sketch_chunk"]
 
 NO_TOKEN = np.int64(2**62)
 """Token number of an empty place in a list of extreme values; sorts behind every token."""
@@ -40,7 +37,7 @@ def sketch_chunk(x, keys, rows, first_token, left, moments, counts, norms, limit
         Neuron of the chunk's first column.
     moments : float64 (9, neuron)
         As in `stats.moments`, updated in place.
-    counts : uint64 (KEYS,)
+    counts : uint64 (65536,)
         Updated in place.
     norms : float64 (row,)
         Sums of squares by row of the chunk, updated in place.

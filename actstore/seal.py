@@ -1,0 +1,195 @@
+"""Seal a store whose blocks are all there: merge sketches, write the manifest, then the groups.
+
+Everything here is a function of what is on disk and the plan, so whoever seals writes the same
+bytes, and a seal that was cut short is simply done again. The root's metadata comes last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from crc32c import crc32c
+
+from . import journal, sketch
+from .errors import CorruptStoreError
+from .journal import Record
+from .plan import Plan, StagePlan
+from .shard import read_shard
+from .skeleton import Skeleton
+from .storage import LocalStorage, aligned_buffer
+
+__all__ = ["block_records", "put_if_new", "scan_part", "seal", "sketch_objects"]
+
+Digest = list[int]
+"""Size and crc32c of an object."""
+
+
+def seal(
+    storage: LocalStorage,
+    plan: Plan,
+    skeleton: Skeleton,
+    records: list[bytes],
+    sketches: Mapping[str, Digest],
+) -> None:
+    """Write manifest and groups, the root last.
+
+    Parameters
+    ----------
+    storage : LocalStorage
+    plan : Plan
+    skeleton : Skeleton
+    records : list of bytes
+        All commit records in order.
+    sketches : mapping
+        Digests of the merged sketches' objects, by key.
+    """
+    objects = {key: [len(data), crc32c(data)] for key, data in skeleton.objects.items()}
+    identity = journal.content_id(plan.config_hash, _labels(objects), records)
+    manifest = {
+        "id": identity,
+        "objects": {**objects, **sketches},
+        "records": {"count": len(records), "crc32c": crc32c(b"".join(records))},
+    }
+    groups = dict(skeleton.groups)
+    root = json.loads(groups.pop("zarr.json"))
+    root["attributes"]["actstore"]["id"] = identity
+    put_if_new(storage, journal.MANIFEST, journal.sealed_json(manifest))
+    for key, data in groups.items():
+        put_if_new(storage, key, data)
+    _tidy(storage, skeleton)
+    put_if_new(storage, "zarr.json", json.dumps(root, indent=2).encode())
+
+
+def _labels(objects: Mapping[str, Digest]) -> dict[str, Digest]:
+    """What identifies a store; sketches follow from the data and can be made later."""
+    return {key: digest for key, digest in objects.items() if not key.startswith("sketch/")}
+
+
+def _tidy(storage: LocalStorage, skeleton: Skeleton) -> None:
+    """Remove what only an unfinished store needs, and what killed writers left."""
+    for key in storage.keys("journal"):
+        if key.startswith("journal/rank-") or key.endswith(".sketch"):
+            storage.delete(key)
+    # Not in the groups' own folders, where another rank may be sealing the same.
+    for folder in {key.rpartition("/")[0] for key in skeleton.objects}:
+        storage.sweep(folder)
+    storage.sweep("journal", begins="p")
+
+
+def put_if_new(storage: LocalStorage, key: str, data: bytes) -> None:
+    """Write an object unless it is there, the same to the byte."""
+    if storage.get(key) != data:
+        storage.put_durable(key, data)
+
+
+def block_records(storage: LocalStorage, plan: Plan) -> list[bytes] | None:
+    """All commit records in order; None while any is missing."""
+    records = []
+    for index in range(len(plan.passes)):
+        for block in range(plan.n_blocks):
+            if Record.read(storage, index, block) is None:
+                return None
+            records.append(storage.get(journal.record_key(index, block)) or b"")
+    return records
+
+
+# -- sketches ------------------------------------------------------------------------------
+
+
+def sketch_objects(
+    storage: LocalStorage, plan: Plan, skeleton: Skeleton, strata: sketch.Strata
+) -> dict[str, Digest]:
+    """Merge the blocks' sketches into the store; a part that is missing is made again.
+
+    Returns
+    -------
+    dict
+        Digests of the objects written, by key.
+    """
+
+    def load(stage: StagePlan, block: int) -> sketch.Part:
+        part: dict[str, np.ndarray] = {}
+        for index, group in enumerate(plan.passes):
+            layers = group[stage.name]
+            if layers:
+                part |= _read_part(storage, index, block) or scan_part(
+                    storage, stage, layers, block, plan.block_rows(block), strata
+                )
+        return part
+
+    metadata = {k: v for k, v in skeleton.objects.items() if k.startswith("sketch/")}
+    digests = {}
+    folders = set()
+    for key, data in sketch.merge(plan, len(strata.names), metadata, load):
+        folder = key.rpartition("/")[0]
+        if folder not in folders:
+            storage.make_folder(folder)
+            folders.add(folder)
+        storage.put(key, data)
+        digests[key] = [len(data), crc32c(data)]
+    for folder in folders:
+        storage.sync_folder(folder)
+    return digests
+
+
+def _read_part(storage: LocalStorage, index: int, block: int) -> dict[str, np.ndarray] | None:
+    data = storage.get(journal.part_key(index, block))
+    return sketch.unpack(data) if data is not None else None
+
+
+def scan_part(
+    storage: LocalStorage,
+    stage: StagePlan,
+    layers: tuple[int, ...],
+    block: int,
+    rows: int,
+    strata: sketch.Strata,
+) -> dict[str, np.ndarray]:
+    """The sketches of a stage's block from its shards, to the bit as while they were written."""
+    layout = stage.layout
+    first = block * layout.rows
+    codes = strata.codes[first : first + rows]
+    image = layout.image(aligned_buffer(layout.image_nbytes))
+    values = np.empty((rows, layout.width), layout.dtype)
+    limits = sketch.empty_lists(len(strata.names), layout.width)[0][..., -1]
+    tensors: dict[str, np.ndarray] = {}
+    for i in layers:
+        with storage.reader(stage.key(i, block)) as reader:
+            read_shard(layout, reader, slice(0, rows), slice(0, layout.width), values)
+        bits = (values.view(np.uint32) >> 16).astype(np.uint16) if layout.compressed else values
+        for top in range(0, rows, layout.chunk_rows):
+            part = bits[top : top + layout.chunk_rows]
+            shaped = part.reshape(len(part), layout.grid[1], layout.chunk_width)
+            image[top // layout.chunk_rows, :, : len(part)] = shaped.transpose(1, 0, 2)
+        made = sketch.sketch_image(layout, image, codes, len(strata.names), first, limits)
+        tensors |= made.tensors(f"{stage.name}/{i}")
+    return tensors
+
+
+def sealed_sketches(storage: LocalStorage) -> dict[str, Digest] | None:
+    """Digests of a sealed store's merged sketches, from its manifest; None if any is damaged."""
+    try:
+        manifest = journal.opened_json(storage.get(journal.MANIFEST) or b"")
+    except CorruptStoreError:
+        return None
+    mine = {
+        key: digest
+        for key, digest in manifest["objects"].items()
+        if key.startswith("sketch/") and not key.endswith("zarr.json")
+    }
+    for key, (size, checksum) in mine.items():
+        data = storage.get(key)
+        if data is None or len(data) != size or crc32c(data) != checksum:
+            return None
+    return mine
+
+
+def sealed_settings(storage: LocalStorage) -> dict[str, Any] | None:
+    """How a sealed store was sketched, from its root; None where it was not."""
+    data = storage.get("zarr.json")
+    if data is None:
+        return None
+    return json.loads(data)["attributes"]["actstore"].get("sketch")

@@ -1,0 +1,219 @@
+"""Sketches made while writing equal plain numpy over the same values, however they came about."""
+
+import shutil
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import actstore
+from actstore import journal
+from actstore.plan import Plan, StageSpec
+from actstore.schema import KEYS, RANKS
+from actstore.stats.moments import MOMENT_NAMES
+from actstore.writer import Writer
+
+LAYERS = (0, 3)
+WIDTH = 48
+
+
+def nasty(rng, tokens):
+    """Activations with outlier, constant, all-zero and ReLU-like neurons, and ties."""
+    x = rng.normal(size=(len(LAYERS), tokens, WIDTH)).astype(np.float32)
+    x[..., 0] = 3000 + 10 * x[..., 0]
+    x[..., 1] = 7.25
+    x[..., 2] = 0
+    x[..., 3] = np.maximum(x[..., 3], 0)
+    x[..., 4] = np.round(x[..., 4])
+    x[..., 5] = -0.0
+    return x
+
+
+def corpus(lengths, **options):
+    records = [
+        {"input_ids": list(range(1, n + 1)), "kind": "ab"[i % 2]} for i, n in enumerate(lengths)
+    ]
+    return actstore.build_corpus(records, **options)
+
+
+def write(path, values, made, dtype=None, order=None, buffer="1GiB", sketch_by=None, piece=97):
+    plan = Plan.build(
+        made,
+        [StageSpec("mlp_post", LAYERS, WIDTH)],
+        dtype=dtype,
+        buffer=buffer,
+        sketch_by=sketch_by,
+    )
+    with Writer(path, plan) as writer:
+        starts = np.arange(0, plan.n_tokens, piece)
+        for start in starts if order is None else order(starts):
+            for i, layer in enumerate(LAYERS):
+                writer.put("mlp_post", layer, int(start), values[i, start : start + piece])
+    assert writer.sealed
+    return actstore.open(path)
+
+
+def stored(path, name):
+    return zarr.open_array(path, path=f"sketch/mlp_post/{name}", mode="r")[:]
+
+
+def reference_moments(x):
+    """(9, neuron) in float64."""
+    y = x.astype(np.float64)
+    d = y - y.mean(0)
+    powers = [(d**p).sum(0) for p in (2, 3, 4)]
+    ends = [y.min(0), y.max(0), (y == 0).sum(0), (y > 0).sum(0)]
+    return np.stack([np.full(x.shape[1], len(x), float), y.mean(0), *powers, *ends])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_sketches_equal_numpy(tmp_path, dtype):
+    made = corpus([70, 1, 130, 300, 11] * 4)
+    values = nasty(np.random.default_rng(0), int(made.keep.sum()))
+    store = write(tmp_path / "a.zarr", values, made, dtype=dtype, buffer="200KiB")
+    assert store.attrs["capture"]["block_tokens"] < 1024  # several blocks
+    x = store["mlp_post"].values
+    position = store.column("position")
+    names = list(stored(store.path, "stratum"))
+    assert names == ["first", "special", "rest"]
+    chosen = {"first": position == 0, "special": position < 0, "rest": position > 0}
+    for s, name in enumerate(names):
+        for i in range(len(LAYERS)):
+            part = x[i, chosen[name]]
+            if not len(part):
+                assert (stored(store.path, "count")[s, i] == 0).all()
+                assert (stored(store.path, "largest_token")[s, i] == -1).all()
+                continue
+            got = np.stack([stored(store.path, n)[s, i] for n in MOMENT_NAMES])
+            want = reference_moments(part)
+            scale = np.maximum(np.abs(want), np.abs(want[2]) ** (np.r_[0, 0, 2, 3, 4] / 2).max())
+            np.testing.assert_allclose(got[[0, 5, 6, 7, 8]], want[[0, 5, 6, 7, 8]])
+            np.testing.assert_allclose(got[1:3], want[1:3], rtol=1e-6, atol=1e-6)
+            spread = np.sqrt(want[2] / len(part))
+            for k, row in ((3, 3), (4, 4)):
+                error = np.abs(got[row] - want[row]) / np.maximum(len(part) * spread**k, 1e-12)
+                assert error.max() < 1e-5, scale.shape
+            check_counts(stored(store.path, "counts")[s, i], part, dtype)
+            check_extremes(store.path, s, i, part, np.flatnonzero(chosen[name]))
+    norms = np.linalg.norm(x.astype(np.float64), axis=2)
+    np.testing.assert_allclose(stored(store.path, "norm"), norms, rtol=1e-6)
+
+
+def check_counts(got, part, dtype):
+    bits = part.view(np.uint16) if dtype == "float16" else part.view(np.uint32) >> 16
+    np.testing.assert_array_equal(got, np.bincount(bits.ravel(), minlength=KEYS))
+
+
+def check_extremes(path, s, i, part, tokens):
+    """The twenty largest and smallest of each neuron; ties go to the earlier token."""
+    for side, sign in (("largest", -1), ("smallest", 1)):
+        order = np.argsort(sign * part.astype(np.float64), axis=0, kind="stable")[:RANKS]
+        value = stored(path, f"{side}_value")[s, i]
+        token = stored(path, f"{side}_token")[s, i]
+        n = len(order)
+        np.testing.assert_array_equal(token[:, :n], tokens[order].T)
+        np.testing.assert_array_equal(value[:, :n], np.take_along_axis(part, order, 0).T)
+        assert (token[:, n:] == -1).all()
+        assert np.isnan(value[:, n:]).all()
+
+
+def tree(path):
+    return {
+        str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()
+    }
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), piece=st.sampled_from([13, 64, 200]))
+def test_any_order_of_writing_gives_the_same_sketches(tmp_path_factory, seed, piece):
+    made = corpus([90, 40, 170])
+    values = nasty(np.random.default_rng(1), 300)
+    folder = tmp_path_factory.mktemp("order")
+    write(folder / "a.zarr", values, made, buffer="40KiB")
+    shuffle = np.random.default_rng(seed).permutation
+    store = write(folder / "b.zarr", values, made, order=shuffle, buffer="40KiB", piece=piece)
+    assert store.id == actstore.open(folder / "a.zarr").id
+    a, b = tree(folder / "a.zarr"), tree(folder / "b.zarr")
+    a.pop("journal/plan.json"), b.pop("journal/plan.json")
+    assert a == b
+    shutil.rmtree(folder)
+
+
+def test_zones_add_up_to_the_totals(tmp_path):
+    made = corpus([200] * 200)
+    values = nasty(np.random.default_rng(2), 40_000)
+    store = write(tmp_path / "a.zarr", values, made, buffer="8MiB", piece=4096)
+    count = stored(store.path, "zones/count")
+    assert len(count) == 3  # granules of 16,384 tokens
+    np.testing.assert_array_equal(count.sum(0), stored(store.path, "count"))
+    largest = stored(store.path, "zones/max")[:, [0, 2]].max(0)
+    np.testing.assert_array_equal(largest, stored(store.path, "max")[[0, 2]])
+
+
+def test_sketch_by_a_label(tmp_path):
+    made = corpus([60, 80, 70])
+    values = nasty(np.random.default_rng(3), 210)
+    store = write(tmp_path / "a.zarr", values, made, sketch_by="kind")
+    names = list(stored(store.path, "stratum"))
+    assert names == [f"{n}:{v}" for v in "ab" for n in ("first", "special", "rest")]
+    assert stored(store.path, "count")[:, 0, 0].tolist() == [2, 0, 128, 1, 0, 79]
+    kind = store.column("kind").decode()
+    rest = (kind == "b") & (store.column("position") > 0)
+    want = store["mlp_post"].values[1, rest].mean(0)
+    np.testing.assert_allclose(stored(store.path, "mean")[5, 1], want, rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_label_to_sketch_by(tmp_path):
+    made = corpus([10])
+    with pytest.raises(actstore.errors.UnknownNameError, match=r"did you mean 'kind'"):
+        write(tmp_path / "a.zarr", np.zeros((2, 10, WIDTH), "f4"), made, sketch_by="kin")
+    assert not (tmp_path / "a.zarr").exists()
+
+
+def test_lost_part_is_made_again(tmp_path, monkeypatch):
+    """A part that is missing or damaged at seal is scanned from its shards, to the same bytes."""
+    made = corpus([90, 40, 170])
+    values = nasty(np.random.default_rng(4), 300)
+    write(tmp_path / "a.zarr", values, made, buffer="40KiB")
+    put_part = Writer._put_part
+
+    def lossy(self, place, done):
+        written = put_part(self, place, done)
+        if place[1] == 1:
+            self.storage.delete(journal.part_key(*place))
+        if place[1] == 2:
+            path = self.storage.path(journal.part_key(*place))
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+        return written
+
+    monkeypatch.setattr(Writer, "_put_part", lossy)
+    write(tmp_path / "b.zarr", values, made, buffer="40KiB")
+    a, b = tree(tmp_path / "a.zarr"), tree(tmp_path / "b.zarr")
+    sketches = {k for k in a if k.startswith("sketch/")}
+    assert sketches
+    assert all(a[k] == b[k] for k in sketches)
+
+
+def test_damaged_sketch_is_found_and_repaired(tmp_path):
+    made = corpus([90, 40, 170])
+    values = nasty(np.random.default_rng(5), 300)
+    path = tmp_path / "a.zarr"
+    write(path, values, made)
+    before = tree(path)
+    victim = path / "sketch/mlp_post/counts/c/0/0/0"
+    victim.write_bytes(victim.read_bytes()[::-1])
+    assert [p.key for _, p in actstore.verify(path) if p] == ["sketch/mlp_post/counts/c/0/0/0"]
+    write(path, values, made)
+    assert tree(path) == before
+
+
+def test_without_sketches(tmp_path):
+    made = corpus([20])
+    plan = Plan.build(made, [StageSpec("mlp_post", LAYERS, WIDTH)], sketch=False)
+    with Writer(tmp_path / "a.zarr", plan) as writer:
+        for layer in LAYERS:
+            writer.put("mlp_post", layer, 0, np.ones((20, WIDTH), np.float32))
+    assert not (tmp_path / "a.zarr/sketch").exists()
+    assert "sketch" not in actstore.open(tmp_path / "a.zarr").attrs
