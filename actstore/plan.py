@@ -379,8 +379,9 @@ def peak_buffer(
 ) -> int:
     """Most bytes of shards that are ever open at once while the batches run in order.
 
-    A block stays open in all layers from the first batch that touches it to the last; inside a
-    forward pass only the layer being computed holds all the blocks of the batch.
+    A block stays open in all layers from the first batch that touches it to the last. Inside a
+    forward pass the layer being computed holds all the blocks of the batch beside those that were
+    open; the layers before it hold what is open after the batch, those behind it what was before.
     """
     token = np.concatenate([[0], np.cumsum(corpus.keep)])
     spans = []
@@ -400,12 +401,15 @@ def peak_buffer(
     change = np.zeros(len(batches) + 1, dtype=np.int64)
     np.add.at(change, opened, 1)
     np.add.at(change, closed, -1)
-    between = np.cumsum(change[:-1])  # open after each batch
+    after = np.cumsum(change[:-1])
+    before = np.concatenate([[0], after[:-1]])
     change = np.zeros(len(batches) + 1, dtype=np.int64)
     np.add.at(change, opened, 1)
     np.add.at(change, closed + 1, -1)
     during = np.cumsum(change[:-1])
-    return int(between.max() * per_token + during.max() * one_layer) * block
+    one_layer = min(one_layer, per_token)
+    others = per_token - one_layer
+    return int((np.maximum(before, after) * others + during * one_layer).max()) * block
 
 
 def _fitting_batches(
@@ -462,7 +466,7 @@ def _block_tokens(tokens: int, per_token: int, width: int, buffer: int) -> int:
             f"than the {buffer / 2**20:,.0f} MiB given: raise --buffer, use --passes, or keep "
             "fewer stages or layers"
         )
-    wanted = max(16, min(fitting, SHARD_NBYTES // (4 * width)))
+    wanted = min(fitting, max(1024, SHARD_NBYTES // (4 * width)))
     enough = 2 * _power_below(max(1, tokens - 1))
     return min(_power_below(wanted), max(16, enough))
 

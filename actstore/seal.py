@@ -7,7 +7,7 @@ bytes, and a seal that was cut short is simply done again. The root's metadata c
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,17 @@ from .shard import read_shard
 from .skeleton import Skeleton
 from .storage import LocalStorage, aligned_buffer
 
-__all__ = ["block_records", "put_if_new", "scan_part", "seal", "sketch_objects"]
+__all__ = [
+    "block_records",
+    "put_all",
+    "put_if_new",
+    "root_document",
+    "scan_part",
+    "seal",
+    "sealed_settings",
+    "sealed_sketches",
+    "sketch_objects",
+]
 
 Digest = list[int]
 """Size and crc32c of an object."""
@@ -60,7 +70,12 @@ def seal(
     for key, data in groups.items():
         put_if_new(storage, key, data)
     _tidy(storage, skeleton)
-    put_if_new(storage, "zarr.json", json.dumps(root, indent=2).encode())
+    put_if_new(storage, "zarr.json", root_document(root))
+
+
+def root_document(root: Mapping[str, Any]) -> bytes:
+    """The root's metadata as bytes, the same for equal content."""
+    return json.dumps(root, indent=1, sort_keys=True).encode()
 
 
 def _labels(objects: Mapping[str, Digest]) -> dict[str, Digest]:
@@ -121,9 +136,15 @@ def sketch_objects(
         return part
 
     metadata = {k: v for k, v in skeleton.objects.items() if k.startswith("sketch/")}
-    digests = {}
+    merged = sketch.merge(plan.stages, plan.n_tokens, len(strata.names), metadata, load)
+    return put_all(storage, merged)
+
+
+def put_all(storage: LocalStorage, objects: Iterable[tuple[str, bytes]]) -> dict[str, Digest]:
+    """Write objects and then make their names durable; gives their digests."""
+    digests: dict[str, Digest] = {}
     folders = set()
-    for key, data in sketch.merge(plan, len(strata.names), metadata, load):
+    for key, data in objects:
         folder = key.rpartition("/")[0]
         if folder not in folders:
             storage.make_folder(folder)

@@ -32,7 +32,7 @@ from .schema import (
     layer_name,
 )
 
-__all__ = ["Skeleton", "build"]
+__all__ = ["Skeleton", "build", "build_sketches"]
 
 LABEL_CHUNK = 2**20
 MAX_FLAGS = 1024
@@ -90,6 +90,26 @@ def build(
         for stage in plan.stages:
             zarr.consolidate_metadata(memory, path=stage.name, zarr_format=3)
         zarr.consolidate_metadata(memory, zarr_format=3)
+    return _collected(memory)
+
+
+def build_sketches(
+    stages: Sequence[StagePlan],
+    n_tokens: int,
+    strata: Sequence[str],
+    covariance: bool,
+) -> Skeleton:
+    """Lay out ``sketch/`` alone, for a store that is sealed already."""
+    memory = MemoryStore()
+    zarr.create_group(memory, zarr_format=3)
+    create_sketches(memory, stages, n_tokens, stages[0].layout.rows, strata, covariance)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        zarr.consolidate_metadata(memory, zarr_format=3)
+    return _collected(memory)
+
+
+def _collected(memory: MemoryStore) -> Skeleton:
     everything = {key: value.to_bytes() for key, value in memory._store_dict.items()}
     groups = {k: v for k, v in everything.items() if _is_group(k, v)}
     objects = {k: v for k, v in sorted(everything.items()) if k not in groups}
@@ -149,6 +169,7 @@ def create_sketches(
     n_tokens: int,
     block_tokens: int,
     strata: Sequence[str],
+    covariance: bool = False,
 ) -> None:
     """Lay out ``sketch/``: for each stage its totals, and by granule its zone maps."""
     granule = block_tokens * max(1, GRANULE_TOKENS // block_tokens)
@@ -162,13 +183,15 @@ def create_sketches(
             "layer": ("layer", np.array(stage.layers, np.int64)),
             "neuron": ("neuron", np.arange(width)),
         }
+        moments = np.array(list(MOMENTS), dtype=object)
+        coords["moment"] = ("moment", moments, {"description": "; ".join(MOMENTS.values())})
         _write(memory, folder, xr.Dataset(coords=coords))
-        _write(memory, f"{folder}/zones", xr.Dataset(coords=coords))
         each = {"stratum": n, "layer": layers, "neuron": width}
-        for name, what in MOMENTS.items():
-            _array(memory, f"{folder}/{name}", each, "float64", what)
-            zones = {"granule": -(-n_tokens // granule), **each}
-            _array(memory, f"{folder}/zones/{name}", zones, "float64", what, {"granule": 1})
+        nine = {"moment": len(MOMENTS), **each}
+        zones = {"granule": -(-n_tokens // granule), **nine}
+        _array(memory, f"{folder}/moments", nine, "float64", "moments of each neuron")
+        what = f"moments of each neuron by runs of {granule:,} tokens"
+        _array(memory, f"{folder}/zones", zones, "float64", what, {"granule": 1})
         keys = {"stratum": n, "layer": layers, "key": KEYS}
         _array(memory, f"{folder}/counts", keys, "uint64", "values by their upper 16 bits")
         ranked = {**each, "rank": RANKS}
@@ -177,6 +200,11 @@ def create_sketches(
             value, token = f"{folder}/{side}_value", f"{folder}/{side}_token"
             _array(memory, value, ranked, "float32", f"{side} values, best first", one)
             _array(memory, token, ranked, "int64", "their tokens; -1 for none", one)
+        if covariance:
+            square = {"stratum": n, "layer": layers, "neuron": width, "neuron_b": width}
+            scatter, one_each = f"{folder}/scatter", {"stratum": 1, "layer": 1}
+            what = "sums of products of two neurons about the stratum's means"
+            _array(memory, scatter, square, "float64", what, one_each)
         norms = {"layer": layers, "token": n_tokens}
         _array(memory, f"{folder}/norm", norms, "float32", "Euclidean norm", {"token": granule})
 

@@ -9,7 +9,7 @@ are merged in block order, so that the result depends on no thread, rank or inte
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,13 @@ from zarr.storage import MemoryStore
 from .corpus import Corpus
 from .errors import UnknownNameError, UsageError
 from .plan import Plan, StagePlan
-from .schema import GRANULE_TOKENS, KEYS, MOMENTS, RANKS, STRATA, Categorical
+from .schema import GRANULE_TOKENS, KEYS, MOMENTS, RANKS, Categorical
 from .shard import Layout, chunk_values
+from .sketched import strata_codes
 from .stats.moments import merge_moments
 from .stats.sketching import NO_TOKEN, insert_extremes, merge_limits, sketch_chunk
 
-__all__ = ["ShardSketch", "Sketcher", "Strata", "merge", "pack", "plan_strata", "strata_of"]
+__all__ = ["ShardSketch", "Sketcher", "Strata", "merge", "pack", "plan_strata"]
 
 
 @dataclass(frozen=True)
@@ -47,30 +48,13 @@ class Strata:
     codes: np.ndarray
 
 
-def strata_of(
-    position: np.ndarray, special: np.ndarray, label: Categorical | None = None
-) -> Strata:
-    """Sort tokens into strata by position, special tokens and one label.
-
-    Examples
-    --------
-    >>> strata_of(np.array([0, 1, 2]), np.array([True, False, True])).codes.tolist()
-    [0, 2, 1]
-    """
-    codes = np.where(position == 0, 0, np.where(special, 1, 2)).astype(np.uint16)
-    if label is None:
-        return Strata(STRATA, codes)
-    names = tuple(f"{name}:{value}" for value in label.values for name in STRATA)
-    return Strata(names, (codes + 3 * label.codes).astype(np.uint16))
-
-
 def plan_strata(plan: Plan, by: str | None) -> Strata:
     """Strata of a plan's kept tokens, and of each value of a label."""
     corpus, kept = plan.corpus, plan.kept
     label = None
     if by is not None:
         label = _label(corpus, by)[corpus.sequence[kept] if by in corpus.sequence_labels else kept]
-    return strata_of(corpus.position[kept], corpus.special[kept], label)
+    return Strata(*strata_codes(corpus.position[kept], corpus.special[kept], label))
 
 
 def _label(corpus: Corpus, name: str) -> Categorical:
@@ -243,7 +227,7 @@ def unpack(data: bytes) -> dict[str, np.ndarray] | None:
     return load_tensors(body) if crc32c(body) == int.from_bytes(tail, "little") else None
 
 
-class _Drain:
+class Drain:
     """Zarr arrays in memory, whose finished objects are taken out as they are written."""
 
     def __init__(self, metadata: Mapping[str, bytes]) -> None:
@@ -261,19 +245,19 @@ class _Drain:
             yield key, store.pop(key).to_bytes()
 
 
-def granule_blocks(plan: Plan) -> int:
-    """Blocks of a granule."""
-    return max(1, GRANULE_TOKENS // plan.block_tokens)
-
-
 def merge(
-    plan: Plan, n_strata: int, metadata: Mapping[str, bytes], load: Load
+    stages: Sequence[StagePlan],
+    n_tokens: int,
+    n_strata: int,
+    metadata: Mapping[str, bytes],
+    load: Load,
 ) -> Iterator[tuple[str, bytes]]:
     """Merge all parts into the objects of ``sketch/``.
 
     Parameters
     ----------
-    plan : Plan
+    stages : sequence of StagePlan
+    n_tokens : int
     n_strata : int
     metadata : mapping
         The sketch arrays' ``zarr.json`` by key.
@@ -285,17 +269,18 @@ def merge(
     key, data
         Objects to store.
     """
-    for stage in plan.stages:
-        drain = _Drain(metadata)
+    for stage in stages:
+        drain = Drain(metadata)
         total = _Total(len(stage.layers), n_strata, stage.layout.width)
-        step = granule_blocks(plan)
-        for granule, begin in enumerate(range(0, plan.n_blocks, step)):
-            blocks = range(begin, min(begin + step, plan.n_blocks))
+        rows = stage.layout.rows
+        n_blocks = -(-n_tokens // rows)
+        step = max(1, GRANULE_TOKENS // rows)
+        for granule, begin in enumerate(range(0, n_blocks, step)):
+            blocks = range(begin, min(begin + step, n_blocks))
             zone, norms = total.granule([load(stage, block) for block in blocks], stage.name)
             folder = f"sketch/{stage.name}"
-            for name, values in zip(MOMENTS, zone, strict=True):
-                drain.write(f"{folder}/zones/{name}", granule, values)
-            at = begin * plan.block_tokens
+            drain.write(f"{folder}/zones", granule, zone)
+            at = begin * rows
             drain.write(f"{folder}/norm", np.s_[:, at : at + norms.shape[1]], norms)
             yield from drain.objects()
         for key, values in total.results():
@@ -320,7 +305,7 @@ class _Total:
         state["min"][:] = state["max"][:] = np.nan
         return state
 
-    def granule(self, parts: list[Part], stage: str) -> tuple[list[np.ndarray], np.ndarray]:
+    def granule(self, parts: list[Part], stage: str) -> tuple[np.ndarray, np.ndarray]:
         """Add consecutive blocks; gives the granule's own moments and norms."""
         zone, norms = self._empty(), []
         for part in parts:
@@ -334,7 +319,7 @@ class _Total:
                 self._counts[i].reshape(-1)[one["keys"]] += one["counts"]
                 self._insert(i, one)
         self._moments = merge_moments(self._moments, zone)
-        return [zone[name] for name in MOMENTS], np.concatenate(norms, axis=1)
+        return np.stack(list(zone.values())), np.concatenate(norms, axis=1)
 
     def _insert(self, layer: int, one: Part) -> None:
         n_strata, _, width = self._shape
@@ -350,8 +335,7 @@ class _Total:
         )
 
     def results(self) -> Iterator[tuple[str, np.ndarray]]:
-        for name in MOMENTS:
-            yield name, self._moments[name]
+        yield "moments", np.stack(list(self._moments.values()))
         yield "counts", self._counts.swapaxes(0, 1)
         tokens = np.where(self._tokens == NO_TOKEN, -1, self._tokens)
         for side, name in enumerate(("largest", "smallest")):

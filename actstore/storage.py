@@ -179,13 +179,14 @@ class LocalStorage:
         return status.f_bavail * status.f_frsize
 
     @contextmanager
-    def lock(self, name: str, shared: bool = False) -> Iterator[None]:
+    def lock(self, name: str, shared: bool = False, wait: bool = False) -> Iterator[None]:
         """Hold an advisory lock on a folder or file for a while; it dies with the process."""
         path = self.path(name)
         fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDONLY | os.O_CREAT, 0o666)
         try:
             try:
-                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise WriteError(

@@ -29,6 +29,7 @@ from .errors import (
 from .journal import Record, ShardRecord
 from .schema import FORMAT, STAGES, TOKEN_COORDS, Categorical
 from .shard import Layout, digest, read_shard
+from .sketched import Sketched, strata_codes
 from .storage import LocalStorage
 
 __all__ = ["Problem", "ShardedArray", "Store", "open_store", "verify"]
@@ -289,6 +290,24 @@ class Store:
             ]
             for group, dim in dims.items()
         }
+
+    def sketched(self, stage: str) -> Sketched | None:
+        """A stage's sketches; None where the store has none (`actstore sketch` makes them)."""
+        if f"sketch/{stage}/moments" not in self._nodes:
+            return None
+        return Sketched(self.path, self.id, stage)
+
+    @cached_property
+    def strata(self) -> tuple[tuple[str, ...], np.ndarray] | None:
+        """Names of the classes of tokens that the sketches keep apart, and each token's class."""
+        settings = self.attrs.get("sketch")
+        if settings is None:
+            return None
+        label = self.column(settings["by"]) if settings["by"] else None
+        position, special = self.column("position"), self.column("special")
+        if isinstance(position, Categorical) or isinstance(special, Categorical):
+            return None
+        return strata_codes(position, special, label if isinstance(label, Categorical) else None)
 
     def _values(self, key: str) -> np.ndarray:
         return np.asarray(zarr.open_array(self.path, path=key, mode="r")[:])

@@ -11,10 +11,12 @@ else. `dump` stands on this; people with their own loops use it directly.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -23,7 +25,6 @@ import numpy as np
 
 from . import journal, skeleton
 from .errors import (
-    ActstoreError,
     HalfOverflowError,
     NonFiniteError,
     PlanError,
@@ -50,7 +51,6 @@ from .storage import LocalStorage
 __all__ = ["Writer"]
 
 _HALF_LIMIT = 65520.0  # the smallest magnitude that rounds to infinity in float16
-_DIRECTORY_SLACK = 2**20
 
 
 @dataclass
@@ -127,7 +127,7 @@ class Writer:
         compressed = any(s.layout.compressed for s in plan.stages)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self._threads = threads or (max(2, (cores or 2) // 2) if compressed else 1)
-        self._pool = BufferPool(plan.buffer + _DIRECTORY_SLACK)
+        self._pool = BufferPool(_pool_nbytes(plan))
         self._stages = {s.name: s for s in plan.stages}
         self._pass_of = {
             (name, i): p
@@ -144,7 +144,7 @@ class Writer:
     # -- life --------------------------------------------------------------------------------
 
     def __enter__(self) -> Writer:
-        with ExitStack() as stack:
+        with ExitStack() as stack, self._disk_errors(str(self.storage.root)):
             self._prepare(stack)
             self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="actstore")
             self._stack = stack.pop_all()
@@ -162,7 +162,8 @@ class Writer:
             if error is None:
                 self._pool.check()
                 if all(not m.any() for m in self.missing):
-                    self._seal()
+                    with self._disk_errors(str(self.storage.root)):
+                        self._seal()
         finally:
             self._open.clear()
             self._stack.close()
@@ -183,6 +184,10 @@ class Writer:
         stack.enter_context(storage.lock("journal", shared=self.world_size > 1))
         if self.world_size > 1:
             stack.enter_context(storage.lock(f"journal/rank-{self.rank}-of-{self.world_size}"))
+            for key in storage.keys("journal"):
+                if "/rank-" in key and not key.endswith(f"-of-{self.world_size}"):
+                    with storage.lock(key):  # ranks of another division have other blocks
+                        pass
         if stored is None:
             storage.put_durable(journal.PLAN, journal.sealed_json(self._plan_record()))
         names = self._strata.names if self._strata else None
@@ -247,9 +252,10 @@ class Writer:
 
     def _check_room(self, resuming: bool) -> None:
         needed, free = self.plan.nbytes, self.storage.free_bytes()
-        if resuming:
-            written = sum(f.stat().st_size for f in self.storage.root.glob("*/activation/c.*"))
-            needed = max(0, needed - written)
+        if resuming:  # counted by blocks, since compressed ones are smaller than planned
+            places = [(p, b) for p in range(len(self.plan.passes)) for b in range(self.plan.n_blocks)]
+            done = sum(self.storage.exists(journal.record_key(*place)) for place in places)
+            needed -= needed * done // len(places)
         if needed > free:
             raise WriteError(
                 f"the dump needs {needed / 1e9:,.2f} GB more and {free / 1e9:,.2f} GB are free at "
@@ -271,12 +277,14 @@ class Writer:
         an unfinished one is believed where a record stands and its shards have the right size.
         """
         was_sealed = self._was_sealed
+        # The root goes when damage is found; what was sealed can be told by the manifest still.
+        thorough = was_sealed or self.storage.exists(journal.MANIFEST)
         missing = []
         for index in range(len(self.plan.passes)):
             mask = np.zeros(self.plan.n_blocks, bool)
             for block in self.mine():
                 record = Record.read(self.storage, index, block)
-                mask[block] = record is None or not self._intact(record, thorough=was_sealed)
+                mask[block] = record is None or not self._intact(record, thorough)
                 if mask[block] and was_sealed:
                     self.repaired.append(f"block {block} of pass {index}")
             missing.append(mask)
@@ -425,20 +433,23 @@ class Writer:
             if self._pool.failed:
                 raise WriteError("not written, because an earlier shard failed")
             sketch = self._sketch(shard)
-            self._commit(shard, self._encode_and_put(shard), sketch)
+            with self._disk_errors(shard.stage.key(shard.layer_index, shard.block)):
+                self._commit(shard, self._encode_and_put(shard), sketch)
             self._pool.release(shard.buffer, shard.stage.layout.image_nbytes)
-        except ActstoreError as error:
-            self._pool.fail(error)
-        except OSError as error:
-            self._pool.fail(
-                WriteError(
-                    f"writing {shard.stage.key(shard.layer_index, shard.block)} failed: "
-                    f"{error.strerror or error}. What is committed is safe: make room or mend the "
-                    "disk, then run the same dump again to go on"
-                )
-            )
         except BaseException as error:
             self._pool.fail(error)
+
+    @staticmethod
+    @contextmanager
+    def _disk_errors(what: str) -> Iterator[None]:
+        """Say what to do where the disk is full or fails."""
+        try:
+            yield
+        except OSError as error:
+            raise WriteError(
+                f"writing {what} failed: {error.strerror or error}. What is committed is safe: "
+                "make room or mend the disk, then run the same dump again to go on"
+            ) from error
 
     def _sketch(self, shard: _OpenShard) -> ShardSketch | None:
         if self._sketcher is None:
@@ -513,11 +524,17 @@ class Writer:
         records = block_records(self.storage, self.plan)
         if records is None:
             return
-        sketches: dict[str, list[int]] = {}
-        if self._strata is not None:
-            kept = sealed_sketches(self.storage) if self._was_sealed else None
-            sketches = kept or sketch_objects(self.storage, self.plan, self._skeleton, self._strata)
-        seal(self.storage, self.plan, self._skeleton, records, sketches)
+        with self.storage.lock("", wait=True):
+            if not self._was_sealed and self.storage.exists("zarr.json"):
+                self.sealed = True  # by another rank, just now
+                return
+            sketches: dict[str, list[int]] = {}
+            if self._strata is not None:
+                kept = sealed_sketches(self.storage) if self._was_sealed else None
+                sketches = kept or sketch_objects(
+                    self.storage, self.plan, self._skeleton, self._strata
+                )
+            seal(self.storage, self.plan, self._skeleton, records, sketches)
         self.sealed = True
 
 
@@ -525,6 +542,14 @@ def _sketching(settings: dict[str, Any] | None) -> str:
     if settings is None:
         return "off"
     return f"by {settings['by']}" if settings["by"] else "on"
+
+
+def _pool_nbytes(plan: Plan) -> int:
+    """The plan's buffer and the room that checksums take beside the values in a shard's image."""
+    layouts = [s.layout for s in plan.stages]
+    values = [lay.rows * lay.width * lay.memory_dtype.itemsize for lay in layouts]
+    images = [lay.image_nbytes for lay in layouts]
+    return math.ceil(plan.buffer * max(i / v for i, v in zip(images, values, strict=True)))
 
 
 def half_overflow(stage: StagePlan, layer_index: int, value: float, count: int) -> Exception:

@@ -52,11 +52,12 @@ def demo(
     say(repr(store))
     say("\n2. ask: moments per layer, the first position of each sequence left out")
     moments = actstore.moments(store, per="layer", tokens="position > 0")
-    middle = moments["layer"].values[len(moments["layer"]) // 2]
+    layers = store.attrs["capture"]["stages"]["mlp_post"]["layers"]
+    middle = layers[len(layers) // 2]
     densities = actstore.histogram(
         store,
         stages=STAGES[1:],
-        layers=[int(middle)],
+        layers=[middle],
         bins=200,
         range=(-4, 4),
         density=True,
@@ -72,7 +73,7 @@ def demo(
             if (cell := moments.sel(stage=stage, layer=layer))["count"] > 0
         ],
     )
-    largest = store["mlp_post"].sel(layer=int(middle)).argmax(...)
+    largest = store["mlp_post"].sel(layer=middle).argmax(...)
     token = int(largest["token"].compute())
     neuron = int(largest["neuron"].compute())
     say(f"\nmlp_post, layer {middle}: neuron {neuron} is largest at the end of")

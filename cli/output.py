@@ -65,13 +65,13 @@ def size(nbytes: float) -> str:
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+def progress(label: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
     """A bar on stderr; nothing where stderr is not a terminal.
 
     Yields
     ------
     callable
-        ``update(done, note)``.
+        ``update(done, note, total)``; the total only where it was not known before.
     """
     with Progress(
         TextColumn("{task.description}"),
@@ -86,4 +86,8 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int, str],
         transient=True,
     ) as bars:
         task = bars.add_task(label, total=total, note="")
-        yield lambda done, note: bars.update(task, completed=done, note=note)
+
+        def update(done: int, note: str = "", of: int = total) -> None:
+            bars.update(task, completed=done, note=note, total=of)
+
+        yield update

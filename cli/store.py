@@ -18,6 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def add_store_commands(app: typer.Typer) -> None:
     app.command(epilog="Example: actstore info book.zarr")(info)
     app.command(epilog="Example: actstore verify book.zarr")(verify)
+    app.command(epilog="Example: actstore sketch book.zarr --by condition")(sketch)
 
 
 def info(store: StorePath, as_json: Json = False) -> None:
@@ -67,6 +68,27 @@ def verify(store: StorePath, as_json: Json = False) -> None:
         raise typer.Exit(1)
     if not as_json:
         say(f"{checked:,} objects, all as they were written")
+
+
+def sketch(
+    store: StorePath,
+    by: Annotated[str | None, typer.Option(help="A label whose values are kept apart.")] = None,
+    covariance: Annotated[
+        bool, typer.Option("--covariance", help="Keep second moments of all neurons, too.")
+    ] = False,
+) -> None:
+    """Make a store's sketches, the statistics that answer most questions at once.
+
+    A dump makes them while it writes; this is for stores without, or for another label.
+    """
+    from actstore.resketch import add_sketches
+
+    with progress("sketch", 1, "shards") as bar:
+        made = add_sketches(
+            store, by=by, covariance=covariance, progress=lambda n, of: bar(n, "", of)
+        )
+    names = made.strata[0] if made.strata else ()
+    say(f"{store}: sketches of {', '.join(made.stages)}, apart for {', '.join(names)}")
 
 
 def _runs(layers: list[int]) -> str:

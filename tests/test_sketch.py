@@ -1,6 +1,7 @@
 """Sketches made while writing equal plain numpy over the same values, however they came about."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 import actstore
 from actstore import journal
 from actstore.plan import Plan, StageSpec
-from actstore.schema import KEYS, RANKS
-from actstore.stats.moments import MOMENT_NAMES
+from actstore.resketch import add_sketches
+from actstore.schema import KEYS, MOMENTS, RANKS
+from actstore.sketched import union_of_strata
 from actstore.writer import Writer
 
 LAYERS = (0, 3)
@@ -46,6 +48,7 @@ def write(path, values, made, dtype=None, order=None, buffer="1GiB", sketch_by=N
         buffer=buffer,
         sketch_by=sketch_by,
     )
+    plan = replace(plan, buffer=plan.buffer + 2**20)  # room for blocks that are open all at once
     with Writer(path, plan) as writer:
         starts = np.arange(0, plan.n_tokens, piece)
         for start in starts if order is None else order(starts):
@@ -56,6 +59,8 @@ def write(path, values, made, dtype=None, order=None, buffer="1GiB", sketch_by=N
 
 
 def stored(path, name):
+    if name in MOMENTS:
+        return stored(path, "moments")[list(MOMENTS).index(name)]
     return zarr.open_array(path, path=f"sketch/mlp_post/{name}", mode="r")[:]
 
 
@@ -86,7 +91,7 @@ def test_sketches_equal_numpy(tmp_path, dtype):
                 assert (stored(store.path, "count")[s, i] == 0).all()
                 assert (stored(store.path, "largest_token")[s, i] == -1).all()
                 continue
-            got = np.stack([stored(store.path, n)[s, i] for n in MOMENT_NAMES])
+            got = np.stack([stored(store.path, n)[s, i] for n in MOMENTS])
             want = reference_moments(part)
             scale = np.maximum(np.abs(want), np.abs(want[2]) ** (np.r_[0, 0, 2, 3, 4] / 2).max())
             np.testing.assert_allclose(got[[0, 5, 6, 7, 8]], want[[0, 5, 6, 7, 8]])
@@ -145,10 +150,10 @@ def test_zones_add_up_to_the_totals(tmp_path):
     made = corpus([200] * 200)
     values = nasty(np.random.default_rng(2), 40_000)
     store = write(tmp_path / "a.zarr", values, made, buffer="8MiB", piece=4096)
-    count = stored(store.path, "zones/count")
-    assert len(count) == 3  # granules of 16,384 tokens
-    np.testing.assert_array_equal(count.sum(0), stored(store.path, "count"))
-    largest = stored(store.path, "zones/max")[:, [0, 2]].max(0)
+    zones = stored(store.path, "zones")
+    assert len(zones) == 3  # granules of 16,384 tokens
+    np.testing.assert_array_equal(zones[:, 0].sum(0), stored(store.path, "count"))
+    largest = zones[:, 6, [0, 2]].max(0)
     np.testing.assert_array_equal(largest, stored(store.path, "max")[[0, 2]])
 
 
@@ -217,3 +222,79 @@ def test_without_sketches(tmp_path):
             writer.put("mlp_post", layer, 0, np.ones((20, WIDTH), np.float32))
     assert not (tmp_path / "a.zarr/sketch").exists()
     assert "sketch" not in actstore.open(tmp_path / "a.zarr").attrs
+
+
+def test_sketches_made_afterwards_are_the_same(tmp_path):
+    """The same bytes, whether made while writing or from the sealed store; the id stays."""
+    made = corpus([90, 40, 170])
+    values = nasty(np.random.default_rng(6), 300)
+    write(tmp_path / "a.zarr", values, made, buffer="40KiB")
+    bare = Plan.build(made, [StageSpec("mlp_post", LAYERS, WIDTH)], buffer="40KiB", sketch=False)
+    with Writer(tmp_path / "b.zarr", bare) as writer:
+        for i, layer in enumerate(LAYERS):
+            writer.put("mlp_post", layer, 0, values[i])
+    before = actstore.open(tmp_path / "b.zarr")
+    assert before.sketched("mlp_post") is None
+    seen = []
+    after = add_sketches(tmp_path / "b.zarr", progress=lambda n, of: seen.append((n, of)))
+    assert after.id == before.id
+    assert seen[-1][0] == seen[-1][1] > 0
+    a, b = tree(tmp_path / "a.zarr"), tree(tmp_path / "b.zarr")
+    sketches = {k for k in a if k.startswith("sketch/")}
+    assert sketches == {k for k in b if k.startswith("sketch/")}
+    assert all(a[k] == b[k] for k in sketches)
+    assert not [p for _, p in actstore.verify(tmp_path / "b.zarr") if p]
+    with Writer(tmp_path / "b.zarr", bare) as writer:  # the dump again, which made none
+        assert writer.sealed
+    assert tree(tmp_path / "b.zarr") == b
+
+
+def test_sketches_by_another_label_replace_those_there(tmp_path):
+    made = corpus([60, 80, 70])
+    values = nasty(np.random.default_rng(3), 210)
+    store = write(tmp_path / "a.zarr", values, made)
+    assert len(store.strata[0]) == 3
+    store = add_sketches(tmp_path / "a.zarr", by="kind")
+    assert len(store.strata[0]) == 6
+    assert stored(store.path, "count")[:, 0, 0].tolist() == [2, 0, 128, 1, 0, 79]
+    with pytest.raises(actstore.errors.UnknownNameError, match="did you mean 'kind'"):
+        add_sketches(tmp_path / "a.zarr", by="kindd")
+    with pytest.raises(actstore.errors.UsageError, match="text label"):
+        add_sketches(tmp_path / "a.zarr", by="position")
+
+
+def test_second_moments(tmp_path):
+    made = corpus([90, 40, 170])
+    values = nasty(np.random.default_rng(7), 300)
+    write(tmp_path / "a.zarr", values, made, buffer="40KiB")
+    store = add_sketches(tmp_path / "a.zarr", covariance=True)
+    position = store.column("position")
+    got = stored(store.path, "scatter")
+    for s, chosen in ((0, position == 0), (2, position > 0)):
+        x = values[1, chosen].astype(np.float64)
+        want = (x - x.mean(0)).T @ (x - x.mean(0))
+        scale = np.sqrt(np.outer(np.diag(want), np.diag(want)))
+        assert (np.abs(got[s, 1] - want) <= 1e-6 * scale + 1e-9).all()
+    assert not [p for _, p in actstore.verify(tmp_path / "a.zarr") if p]
+
+
+def test_reading_unions_of_strata(tmp_path):
+    made = corpus([70, 1, 130, 300, 11] * 4)
+    values = nasty(np.random.default_rng(8), 2048)
+    store = write(tmp_path / "a.zarr", values, made, buffer="200KiB")
+    names, codes = store.strata
+    assert union_of_strata(codes, len(names), None) == [0, 1, 2]
+    assert union_of_strata(codes, len(names), store.column("position") > 0) == [2]
+    assert union_of_strata(codes, len(names), store.column("position") > 1) is None
+    sketched = store.sketched("mlp_post")
+    everything = values[1].astype(np.float64)
+    state = sketched.moments([0, 1, 2], 1)
+    np.testing.assert_allclose(state["mean"], everything.mean(0), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        state["m2"], ((everything - everything.mean(0)) ** 2).sum(0), rtol=1e-5, atol=1e-9
+    )
+    assert sketched.counts([0, 2], 0).sum() == values[0].size
+    value, token = sketched.extremes([0, 1, 2], 1, largest=False)
+    order = np.argsort(everything, axis=0, kind="stable")[:RANKS]
+    np.testing.assert_array_equal(token, order.T)
+    np.testing.assert_array_equal(value, np.take_along_axis(values[1], order, 0).T)
