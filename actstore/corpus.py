@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 
 from .errors import CorpusError, UnknownNameError, UsageError
-from .records import Record, Tokeniser, Tokens, TokenTexts, read_records
+from .records import Record, read_records
 from .schema import Categorical
 from .select import Expression, parse
+from .tokenise import Tokeniser, Tokens, TokenTexts
 
 __all__ = ["Corpus", "Record", "build", "read_records"]
 

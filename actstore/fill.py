@@ -27,8 +27,8 @@ from .corpus import Corpus, build
 from .errors import ModelError, PlanError
 from .hookpoints import HookPoint, head_count, resolve
 from .plan import Batch, Plan, StageSpec
-from .records import token_texts
 from .schema import MLP_STAGES
+from .tokenise import token_texts
 from .writer import Writer
 
 if TYPE_CHECKING:

@@ -30,10 +30,12 @@ from tokenizers import (
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from actstore import records as reading
+from actstore import tokenise
 from actstore.corpus import Corpus, build, label_column, read_records
 from actstore.errors import CorpusError, ExpressionError, UnknownNameError
-from actstore.records import Record, as_record, encode, token_texts
+from actstore.records import Record, as_record
 from actstore.schema import Categorical
+from actstore.tokenise import encode, token_texts
 
 TEXT = (
     "The ship was slow, and the sea was wide. It cost 3.14 pounds, or 10,000 pence. "
@@ -249,7 +251,7 @@ def test_tokenising_in_parts_is_tokenising_whole(text: str) -> None:
 def test_where_parts_disagree_the_text_is_tokenised_whole(
     agree: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "AGREE", agree)
+    monkeypatch.setattr(tokenise, "AGREE", agree)
     pairs = Tokenizer(models.BPE({"a": 0, "aa": 1}, [("a", "a")]))
     fast = PreTrainedTokenizerFast(tokenizer_object=pairs)
     for by, text in (
@@ -536,7 +538,7 @@ def test_max_tokens_keeps_the_first_ones(most: int, keep: str | None) -> None:
 
 
 def test_max_tokens_does_not_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading.Tokeniser, "BATCH_RECORDS", 2)
+    monkeypatch.setattr(tokenise.Tokeniser, "BATCH_RECORDS", 2)
 
     def endless() -> Iterator[str]:
         while True:

@@ -18,6 +18,7 @@ ORDER = [
     "hookpoints",
     "select",
     "records",
+    "tokenise",
     "corpus",
     "stats",
     "storage",
