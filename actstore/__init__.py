@@ -21,14 +21,21 @@ _HOME = {
     "Store": "store",
     "Writer": "writer",
     "build_corpus": "corpus",
-    "dump": "fill",
     "compute": "queries.result",
+    "dump": "fill",
     "histogram": "queries",
     "load_model": "models",
+    "mean_activation": "queries",
     "moments": "queries",
+    "normality": "queries",
     "open": "store",
+    "peaks": "queries",
+    "quantiles": "queries",
     "read_records": "records",
+    "sample": "queries",
+    "top_tokens": "queries",
     "verify": "store",
+    "zeroness": "queries",
 }
 _ALIAS = {"open": "open_store", "build_corpus": "build"}
 
@@ -44,10 +51,17 @@ __all__ = [
     "dump",
     "histogram",
     "load_model",
+    "mean_activation",
     "moments",
+    "normality",
     "open",
+    "peaks",
+    "quantiles",
     "read_records",
+    "sample",
+    "top_tokens",
     "verify",
+    "zeroness",
 ]
 
 if TYPE_CHECKING:
@@ -56,7 +70,17 @@ if TYPE_CHECKING:
     from .fill import dump
     from .models import load_model
     from .plan import Plan, StageSpec
-    from .queries import histogram, moments
+    from .queries import (
+        histogram,
+        mean_activation,
+        moments,
+        normality,
+        peaks,
+        quantiles,
+        sample,
+        top_tokens,
+        zeroness,
+    )
     from .queries.result import compute
     from .records import read_records
     from .store import Store, verify

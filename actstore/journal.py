@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,10 @@ def record_key(index: int, block: int) -> str:
     return f"journal/p{index}.b{block:08d}.json"
 
 
+def is_record(key: str) -> bool:
+    return re.fullmatch(r"journal/p\d+\.b\d+\.json", key) is not None
+
+
 def part_key(index: int, block: int) -> str:
     return f"journal/p{index}.b{block:08d}.sketch"
 
@@ -115,7 +120,7 @@ def opened_json(data: bytes) -> dict[str, Any]:
     try:
         body = json.loads(data)
         checksum = body.pop("crc32c")
-    except (ValueError, KeyError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CorruptStoreError("not a JSON object with a checksum") from None
     if crc32c(canonical_json(body).encode()) != checksum:
         raise CorruptStoreError("its checksum does not match")

@@ -81,7 +81,7 @@ def add_sketches(
         if covariance:
             digests |= put_all(storage, _scatters(stages, store, strata, made))
         groups = {k: v for k, v in made.groups.items() if k != "zarr.json"}
-        put_all(storage, groups.items())
+        digests |= put_all(storage, groups.items())
         _rewrite_manifest(storage, digests)
         _rewrite_root(storage, made, {"by": by})
     return open_store(path)

@@ -58,14 +58,19 @@ def seal(
     """
     objects = {key: [len(data), crc32c(data)] for key, data in skeleton.objects.items()}
     identity = journal.content_id(plan.config_hash, _labels(objects), records)
+    groups = {key: data for key, data in skeleton.groups.items() if key != "zarr.json"}
     manifest = {
         "id": identity,
-        "objects": {**objects, **sketches},
+        "objects": {
+            **objects,
+            **{key: [len(data), crc32c(data)] for key, data in groups.items()},
+            **sketches,
+        },
         "records": {"count": len(records), "crc32c": crc32c(b"".join(records))},
     }
-    groups = dict(skeleton.groups)
-    root = json.loads(groups.pop("zarr.json"))
-    root["attributes"]["actstore"]["id"] = identity
+    root = json.loads(skeleton.groups["zarr.json"])
+    nonfinite = sum(s.summary.nonfinite for r in records for s in Record.decode(r).shards)
+    root["attributes"]["actstore"] |= {"id": identity, "nonfinite": nonfinite}
     put_if_new(storage, journal.MANIFEST, journal.sealed_json(manifest))
     for key, data in groups.items():
         put_if_new(storage, key, data)

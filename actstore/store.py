@@ -38,8 +38,9 @@ __all__ = ["Problem", "ShardedArray", "Store", "open_store", "verify"]
 class ShardedArray:
     """One stage's activations, read shard by shard with every checksum checked.
 
-    Behaves as an array to dask: ``array[layer, tokens, neurons]`` with slices reads just the inner
-    chunks that the slices meet. Holds a path, never an open handle, so it can be sent to workers.
+    Behaves as an array to dask: ``array[layer, tokens, neurons]`` reads just the inner chunks that
+    slices meet, or that lie between the least and the greatest of a list of indices (one list at a
+    time). Holds a path, never an open handle, so it can be sent to workers.
 
     Attributes
     ----------
@@ -54,21 +55,30 @@ class ShardedArray:
         self.dtype = np.dtype(layout.dtype)
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        wanted, squeeze = [], []
+        wanted: list[range | np.ndarray] = []
+        squeeze = []
         for axis, (part, size) in enumerate(zip(_three(key), self.shape, strict=True)):
             if isinstance(part, (int, np.integer)):
-                wanted.append(range(size)[int(part) : int(part) + 1 or None])
+                at = range(size)[int(part)]
+                wanted.append(range(at, at + 1))
                 squeeze.append(axis)
-            else:
+            elif isinstance(part, slice):
                 wanted.append(range(size)[part])
-        if not all(wanted):
+            else:
+                wanted.append(np.arange(size)[part])
+        if sum(isinstance(w, np.ndarray) for w in wanted) > 1:
+            raise IndexError("one list of indices at a time")
+        if not all(len(w) for w in wanted):
             return np.empty([len(w) for i, w in enumerate(wanted) if i not in squeeze], self.dtype)
-        layers, tokens, neurons = (_hull(w) for w in wanted)
-        out = np.empty([_length(s) for s in (layers, tokens, neurons)], self.dtype)
+        layers, tokens, neurons = hulls = [_hull(w) for w in wanted]
+        out = np.empty([_length(s) for s in hulls], self.dtype)
         for i, layer in enumerate(range(layers.start, layers.stop)):
             self._read(layer, tokens, neurons, out[i])
-        steps = tuple(slice(None, None, w.step) for w in wanted)
-        return np.squeeze(out[steps], tuple(squeeze))
+        inside = tuple(
+            slice(None, None, w.step) if isinstance(w, range) else w - hull.start
+            for w, hull in zip(wanted, hulls, strict=True)
+        )
+        return np.squeeze(out[inside], tuple(squeeze))
 
     def _read(self, layer: int, tokens: slice, neurons: slice, out: np.ndarray) -> None:
         storage, rows = LocalStorage(self.root), self.layout.rows
@@ -82,15 +92,17 @@ class ShardedArray:
 
 def _three(key: Any) -> tuple[Any, Any, Any]:
     key = key if isinstance(key, tuple) else (key,)
-    if Ellipsis in key:
-        at = key.index(Ellipsis)
+    for at in [i for i, part in enumerate(key) if part is Ellipsis][:1]:
         key = key[:at] + (slice(None),) * (4 - len(key)) + key[at + 1 :]
+    if len(key) > 3:
+        raise IndexError(f"{len(key)} indices for an array of 3 dimensions")
     return (*key, *(slice(None),) * (3 - len(key)))
 
 
-def _hull(values: range) -> slice:
-    """The smallest slice of step 1 that covers a range."""
-    return slice(min(values[0], values[-1]), max(values[0], values[-1]) + 1)
+def _hull(values: range | np.ndarray) -> slice:
+    """The smallest slice of step 1 that covers some indices."""
+    ends = (values[0], values[-1]) if isinstance(values, range) else (values.min(), values.max())
+    return slice(int(min(ends)), int(max(ends)) + 1)
 
 
 def _length(s: slice) -> int:
@@ -167,7 +179,8 @@ class Store:
         rows = "".join(
             f"<tr><th style='text-align:left'>{html.escape(stage)}</th>"
             f"<td>{len(row['layers'])}</td>"
-            f"<td>{row['width']:,}</td><td>{row['dtype']}</td><td>{row['nbytes'] / 1e6:,.1f}</td>"
+            f"<td>{row['width']:,}</td><td>{html.escape(row['dtype'])}</td>"
+            f"<td>{row['nbytes'] / 1e6:,.1f}</td>"
             f"<td style='text-align:left'>{html.escape(row['meaning'])}</td></tr>"
             for stage, row in self.info()["stages"].items()
         )
@@ -224,7 +237,7 @@ class Store:
         """A stage's activations, lazily, with all token coordinates attached."""
         if stage not in self.stages:
             raise UnknownNameError("stage", stage, self.stages, f"This is what {self.name} holds.")
-        return self._dataset(stage)["activation"]
+        return self._dataset(stage)["activation"].rename(stage)
 
     def __contains__(self, stage: object) -> bool:
         return stage in self.stages
@@ -332,8 +345,7 @@ class Store:
         lazy = da.from_array(
             array,
             chunks=((1,) * shape[0], _chunks(shape[1], layout.rows), (shape[2],)),
-            asarray=False,
-            fancy=False,
+            asarray=False,  # not fancy=False: dask would read whole shards for every slice
             name=f"{stage}-{self.id}",
             meta=np.empty((0, 0, 0), array.dtype),
         )
@@ -401,10 +413,10 @@ class Store:
         stop = start + int(self.sequences["length"][sequence])
         window = slice(max(start, at - before), min(stop, at + after + 1))
         inputs = self.inputs.isel(input=window)
-        if "text" in self.sequences and "char_start" in inputs:
+        text = str(self.sequences["text"][sequence].values) if "text" in self.sequences else ""
+        if text and "char_start" in inputs:
             spans = np.stack([inputs["char_start"].values, inputs["char_end"].values])
             spans = spans[:, spans[0] < spans[1]]  # special tokens have no text
-            text = str(self.sequences["text"][sequence].values)
             return text[spans[0].min() : spans[1].max()] if spans.size else ""
         ids = inputs["token_id"].values
         if self.vocabulary is None:
@@ -479,6 +491,13 @@ def open_store(path: str | os.PathLike[str]) -> Store:
             f"{shown} has format {attributes['format']} and this version reads up to {FORMAT}: "
             "pip install -U actstore"
         )
+    try:
+        nodes = root["consolidated_metadata"]["metadata"]
+        outside = [k for k in nodes if {"", ".", ".."} & set(k.split("/"))]
+    except (KeyError, TypeError, AttributeError):
+        raise CorruptStoreError(f"zarr.json in {shown} lacks the metadata of the arrays") from None
+    if outside:
+        raise CorruptStoreError(f"zarr.json in {shown} names {outside[0]!r}, outside the store")
     store = Store(os.path.abspath(shown), root)
     _check_manifest(store, storage)
     return store
@@ -512,11 +531,7 @@ def _not_open(storage: LocalStorage, shown: str) -> NotAStoreError | UnfinishedS
     if stored is None:
         return NotAStoreError(f"{shown} is not a store: it has neither zarr.json nor a journal")
     total = stored["blocks"] * stored["passes"]
-    done = sum(
-        storage.exists(journal.record_key(p, b))
-        for p in range(stored["passes"])
-        for b in range(stored["blocks"])
-    )
+    done = sum(journal.is_record(key) for key in storage.keys("journal"))
     return UnfinishedStoreError(
         f"{shown} is not finished: {done} of {total} blocks are complete. Run the same dump "
         "command again to go on with it"
@@ -546,7 +561,11 @@ def verify(path: str | os.PathLike[str]) -> Iterator[tuple[str, Problem | None]]
     manifest = journal.opened_json(storage.get(journal.MANIFEST) or b"")
     for key, (size, checksum) in manifest["objects"].items():
         yield key, _check_object(storage, key, size, checksum)
-    stored = journal.read_plan(storage) or {}
+    stored = journal.read_plan(storage)
+    if stored is None:
+        yield journal.PLAN, Problem(journal.PLAN, "missing")
+        return
+    yield "zarr.json", _check_root(storage, store, manifest["objects"], stored)
     records = []
     for index in range(stored["passes"]):
         for block in range(stored["blocks"]):
@@ -573,7 +592,29 @@ def object_count(path: str | os.PathLike[str]) -> int:
     manifest = journal.opened_json(storage.get(journal.MANIFEST) or b"")
     blocks = -(-store.n_tokens // store.attrs["capture"]["block_tokens"])
     layers = sum(len(s["layers"]) for s in store.attrs["capture"]["stages"].values())
-    return len(manifest["objects"]) + manifest["records"]["count"] + blocks * layers
+    return 1 + len(manifest["objects"]) + manifest["records"]["count"] + blocks * layers
+
+
+def _check_root(
+    storage: LocalStorage, store: Store, objects: Mapping[str, Any], stored: Mapping[str, Any]
+) -> Problem | None:
+    """Compare the root, which no digest covers, with what it repeats: metadata and plan."""
+    members = {key.removesuffix("/zarr.json") for key in objects if key.endswith("/zarr.json")}
+    if store._nodes.keys() != members:
+        return Problem("zarr.json", "does not name the arrays and groups that the manifest does")
+    for name, node in store._nodes.items():
+        try:
+            own = json.loads(storage.get(f"{name}/zarr.json") or b"null")
+        except ValueError:
+            own = None
+        own, repeated = ({**(n or {}), "consolidated_metadata": None} for n in (own, node))
+        if own != repeated:
+            return Problem("zarr.json", f"its metadata of {name} is not {name}/zarr.json's")
+    facts = {**stored["config"], "config_hash": stored["config_hash"], "format": stored["format"]}
+    for fact, value in facts.items():
+        if store.attrs.get(fact) != value:
+            return Problem("zarr.json", f"its {fact} is not the plan's")
+    return None
 
 
 def _check_object(
@@ -593,6 +634,8 @@ def _check_shard(
     storage: LocalStorage, store: Store, shard: ShardRecord, block: int, tokens: int
 ) -> Problem | None:
     folder = shard.key.rpartition("/")[0]
+    if folder not in store._nodes:
+        return Problem(shard.key, "is in no array of the store")
     layout = Layout.of_array(store._nodes[folder])
     problem = _check_object(storage, shard.key, shard.nbytes, shard.checksum, layout)
     if problem is not None or layout is None:

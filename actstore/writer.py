@@ -253,7 +253,9 @@ class Writer:
     def _check_room(self, resuming: bool) -> None:
         needed, free = self.plan.nbytes, self.storage.free_bytes()
         if resuming:  # counted by blocks, since compressed ones are smaller than planned
-            places = [(p, b) for p in range(len(self.plan.passes)) for b in range(self.plan.n_blocks)]
+            places = [
+                (p, b) for p in range(len(self.plan.passes)) for b in range(self.plan.n_blocks)
+            ]
             done = sum(self.storage.exists(journal.record_key(*place)) for place in places)
             needed -= needed * done // len(places)
         if needed > free:
@@ -288,11 +290,13 @@ class Writer:
                 if mask[block] and was_sealed:
                     self.repaired.append(f"block {block} of pass {index}")
             missing.append(mask)
-        if was_sealed and self.repaired:
-            self.storage.delete("zarr.json")
         for index, mask in enumerate(missing):
             for damaged in np.flatnonzero(mask):
                 self.storage.delete(journal.record_key(index, int(damaged)))
+        if was_sealed and self.repaired:
+            # After the records: a run killed in between must not take the damage for sound.
+            self.storage.sync_folder("journal")
+            self.storage.delete("zarr.json")
         self.sealed = was_sealed and not self.repaired
         return missing
 
@@ -355,6 +359,11 @@ class Writer:
             raise UsageError(
                 f"values of {stage} have shape {values.shape}: (tokens, {plan.layout.width}) is "
                 "what the plan says"
+            )
+        if values.dtype.kind not in "fV" and not (plan.layout.compressed and values.dtype == "u2"):
+            raise UsageError(
+                f"values of {stage} are {values.dtype}: give floats; only of a bfloat16 stage the "
+                "bits, as uint16"
             )
         if token < 0 or token + len(values) > self.plan.n_tokens:
             raise UsageError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .bench_query import query
 from .output import print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ SHAPES = {
 def add_bench_commands(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="Measure speeds on this machine.")
     group.command(epilog="Example: actstore bench capture --pairs 10")(capture)
+    group.command(epilog="Example: actstore bench query --gigabytes 2")(query)
     app.add_typer(group, name="bench", epilog="Example: actstore bench capture")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal
@@ -18,10 +19,6 @@ from .output import console, print_json, print_table, say
 __all__ = ["add_query_commands", "parse_number_list"]
 
 _TABLE_ROWS = 60
-_EXAMPLES = {
-    "moments": '--layers -1 --tokens "position > 0"',
-    "histogram": "--layers -1 --bins=-5:5:101 --json",
-}
 
 
 def add_query_commands(app: typer.Typer) -> None:
@@ -32,7 +29,7 @@ def add_query_commands(app: typer.Typer) -> None:
         group.command(
             name=query.name,
             help=query.summary,
-            epilog=f"Example: actstore query {query.name} book.zarr {_EXAMPLES[query.name]}",
+            epilog=f"Example: actstore query {query.name} book.zarr {query.example}",
         )(_command(query))
     app.add_typer(group, name="query", epilog="Example: actstore query moments book.zarr --json")
 
@@ -50,13 +47,14 @@ def _command(query: Any) -> Any:
     for p in query.parameters:
         kind, parser = _option_type(p.annotation)
         parsers[p.name] = parser
-        names = [f"--{p.name.replace('_', '-')}"]
+        option = p.name.replace("_", "-")
+        name = f"--{option}/--no-{option}" if p.default is True else f"--{option}"
         parameters.append(
             inspect.Parameter(
                 p.name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=p.default if kind is not str or p.default is None else str(p.default),
-                annotation=Annotated[kind, typer.Option(*names, help=p.description)],
+                default=_as_text(p.default) if kind is str else p.default,
+                annotation=Annotated[kind, typer.Option(name, help=p.description)],
             )
         )
     for name, text in (
@@ -116,12 +114,13 @@ def _option_type(annotation: Any) -> tuple[Any, Any]:
         return annotation, _as_it_is
     if typing.get_origin(annotation) in (UnionType, typing.Union):
         inner = [a for a in args if a is not type(None)]
-        if len(inner) == 1 and inner[0] in (bool, int, float):
+        words = [w for a in inner if typing.get_origin(a) is Literal for w in typing.get_args(a)]
+        if len(inner) == 1 and (inner[0] in (bool, int, float) or words):
             return annotation, _as_it_is
-        numbers = any(_is_numbers(a) for a in inner)
-        return str | None if type(None) in args else str, (
-            parse_number_list if numbers and str not in inner else _as_it_is
-        )
+        parser = _as_it_is
+        if any(_is_numbers(a) for a in inner) and str not in inner:
+            parser = partial(_word_or_numbers, words)
+        return str | None if type(None) in args else str, parser
     return str, parse_number_list if _is_numbers(annotation) else _as_it_is
 
 
@@ -129,8 +128,17 @@ def _is_numbers(annotation: Any) -> bool:
     return float in typing.get_args(annotation)
 
 
-def _as_it_is(name: str, text: str) -> str:
+def _as_it_is(name: str, text: str) -> Any:
     return text
+
+
+def _word_or_numbers(words: list[str], name: str, text: str) -> Any:
+    return text if text in words else parse_number_list(name, text)
+
+
+def _as_text(default: Any) -> str:
+    """A default as it would be typed."""
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def parse_number_list(name: str, text: str) -> int | float | list[float]:
@@ -140,6 +148,8 @@ def parse_number_list(name: str, text: str) -> int | float | list[float]:
     --------
     >>> parse_number_list("bins", "50"), parse_number_list("bins", "-1:1:3")
     (50, [-1.0, 0.0, 1.0])
+    >>> parse_number_list("q", "0.5")
+    0.5
     >>> parse_number_list("range", "-5,5")
     [-5.0, 5.0]
     """
@@ -149,7 +159,7 @@ def parse_number_list(name: str, text: str) -> int | float | list[float]:
             return np.linspace(float(start), float(stop), int(count)).tolist()
         if "," in text:
             return [float(part) for part in text.split(",")]
-        return int(text)
+        return float(text) if set(text) & set(".eE") else int(text)
     except ValueError:
         raise UsageError(
             f"--{name} {text!r} is not understood: write a number, a comma list such as 0,1,2.5, "

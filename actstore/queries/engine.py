@@ -2,13 +2,14 @@
 
 The unit is a *lane*: one task folds a contiguous run of one layer's blocks, reading each block
 once and holding one at a time. Lanes of a layer are combined in order, so results do not depend
-on threads; a graph has a few tasks a layer, however many blocks there are. `share_reads` merges
-the lanes of several queries that read the same blocks.
+on threads; a graph has a few tasks a layer, however many blocks there are. A query may take
+several passes, each made from the results of the one before: the edges of a histogram from the
+extremes, say. `share_reads` merges the lanes of several queries that read the same blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -23,10 +24,13 @@ from dask.highlevelgraph import HighLevelGraph
 
 from ..stats.streaming import State, Statistic
 from .selection import Selection, Source
+from .shortcut import SketchedLayer, from_sketch
 
-__all__ = ["Output", "share_reads", "stream"]
+__all__ = ["Output", "Pass", "share_reads", "stream"]
 
 LANES_PER_LAYER = 8
+
+Results = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,35 @@ class Output:
     dtype : type
     attrs : dict
         long_name and units.
+    blank : object, optional
+        Value where a group has no tokens; default NaN, or 0 for whole numbers.
     """
 
     dims: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: Any
-    attrs: dict[str, str]
+    attrs: Mapping[str, Any]
+    blank: Any = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One reading of the data.
+
+    Attributes
+    ----------
+    statistic : Statistic or callable
+        What is made of it; from the second pass on, a function (to be sent to workers, so no
+        lambda) that makes the statistic from the results of the pass before.
+    whole : bool
+        Over all of the layer's neurons, whichever were asked. Of the first pass only.
+    sketch : bool
+        Whether the statistic can be had from sketches (it has `from_sketch`), exactly.
+    """
+
+    statistic: Statistic | Callable[[Results], Statistic]
+    whole: bool = False
+    sketch: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,8 +103,8 @@ class Lane:
     codes: np.ndarray | None
     n_groups: int
 
-    def blocks(self):  # type: ignore[no-untyped-def]
-        """Yield (group, values) of each block, (token, neuron), none of them empty."""
+    def blocks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Yield (group, values (token, neuron), token numbers) of each block, none empty."""
         start = self.bounds[0]
         columns = self.neurons if isinstance(self.neurons, slice) else _hull(self.neurons)
         for a, b in pairwise(self.bounds):
@@ -94,41 +121,56 @@ class Lane:
             if len(rows) < len(values):
                 values = values[rows - rows[0]]
             if self.codes is None:
-                yield 0, values
+                yield 0, values, a + rows
+                del values  # before the next is read, so that its memory is used again
                 continue
             codes = self.codes[here][rows]
             for group in np.unique(codes):
-                yield int(group), values[codes == group]
+                chosen = codes == group
+                yield int(group), values[chosen], a + rows[chosen]
 
 
-def run_lane(lane: Lane, statistics: Sequence[Statistic]) -> list[list[State | None]]:
-    """States of several statistics over a lane: [statistic][group], None where no token is."""
+def run_lane(lane: Lane, *statistics: Sequence[Statistic]) -> list[list[State | None]]:
+    """States of several statistics, each one a group: [statistic][group], None without tokens."""
     states: list[list[State | None]] = [[None] * lane.n_groups for _ in statistics]
-    for group, values in lane.blocks():
-        for i, statistic in enumerate(statistics):
-            new = statistic.chunk(values)
-            old = states[i][group]
-            states[i][group] = new if old is None else statistic.combine(old, new)
+    for group, values, tokens in lane.blocks():
+        for own, by_group in zip(states, statistics, strict=True):
+            statistic, old = by_group[group], own[group]
+            new = statistic.chunk(values, tokens)
+            own[group] = new if old is None else statistic.combine(old, new)
+        del values
     return states
 
 
-def _merge(
-    statistic: Statistic, lanes: list[list[list[State | None]]], empty: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Combine a layer's lanes in order and finish: {name: (group, ...)}."""
-    groups = []
-    for states in zip(*(lane[0] for lane in lanes), strict=True):
-        present = [s for s in states if s is not None]
-        groups.append(statistic.finalize(reduce(statistic.combine, present)) if present else empty)
-    return {
-        name: np.stack([np.reshape(g[name], blank.shape) for g in groups])
-        for name, blank in empty.items()
-    }
+def _finish(
+    statistics: Sequence[Statistic | None], *lanes: list[list[State | None]]
+) -> list[Results | None]:
+    """Combine a layer's lanes in order, group by group; None where a group has no token."""
+    results: list[Results | None] = []
+    for group, statistic in enumerate(statistics):
+        present = [own for (states,) in lanes if (own := states[group]) is not None]
+        if statistic is None or not present:
+            results.append(None)
+        else:
+            results.append(statistic.finalize(reduce(statistic.combine, present)))
+    return results
+
+
+def _first(statistic: Statistic, groups: int) -> list[Statistic]:
+    """The same statistic for every group."""
+    return [statistic] * groups
+
+
+def _next(
+    make: Callable[[Results], Statistic], results: Sequence[Results | None]
+) -> list[Statistic | None]:
+    """The statistics of the next pass, one for each group."""
+    return [None if r is None else make(r) for r in results]
 
 
 def stream(
     selection: Selection,
-    statistic: Callable[[Source, np.ndarray], Statistic],
+    passes: Callable[[Source, np.ndarray], Sequence[Pass]],
     outputs: Callable[[Source, np.ndarray], Mapping[str, Output]],
 ) -> dict[str, xr.Dataset]:
     """Lay out a statistic over every stage and layer of a selection; nothing runs yet.
@@ -136,10 +178,10 @@ def stream(
     Parameters
     ----------
     selection : Selection
-    statistic : callable
-        Makes the statistic of a stage from its source and neurons.
+    passes : callable
+        Makes the passes over a stage from its source and neurons.
     outputs : callable
-        The variables that the statistic's `finalize` gives.
+        The variables that the last statistic's `finalize` gives.
 
     Returns
     -------
@@ -149,9 +191,9 @@ def stream(
     results = {}
     for source in selection.sources:
         neurons = selection.neurons[source.stage]
-        made = statistic(source, neurons)
         declared = outputs(source, neurons)
         layers = selection.layers[source.stage]
+        made = passes(source, neurons)
         arrays = _layer_arrays(selection, source, neurons, layers, made, declared)
         group = selection.groups
         variables = {}
@@ -164,7 +206,12 @@ def stream(
             coords[group.name] = group.values
         if any("neuron" in o.dims for o in declared.values()):
             coords["neuron"] = neurons
-        results[source.stage] = xr.Dataset(variables, coords)
+        if source.heads is not None and any("head" in o.dims for o in declared.values()):
+            coords["head"] = np.unique(source.heads[neurons])
+        known = source.sketched is not None and selection.strata is not None
+        at_once = known and all(step.sketch for step in made)
+        answered = {"source": "sketch" if at_once else "scan"}
+        results[source.stage] = xr.Dataset(variables, coords, answered)
     return results
 
 
@@ -173,42 +220,60 @@ def _layer_arrays(
     source: Source,
     neurons: np.ndarray,
     layers: Sequence[int],
-    statistic: Statistic,
+    passes: Sequence[Pass],
     outputs: Mapping[str, Output],
 ) -> dict[str, da.Array]:
     groups = len(selection.groups.values) if selection.groups else 1
-    empty = {n: _nothing(o) for n, o in outputs.items()}
-    place = tokenize(
-        source.token, neurons, selection.mask, selection.groups and selection.groups.codes
-    )
-    label = f"{type(statistic).__name__.lower()}-{tokenize(place, statistic)}"
+    blank = {n: _nothing(o) for n, o in outputs.items()}
+    shapes = {name: output.shape for name, output in outputs.items()}
+    place = _place(selection, source, neurons)
+    label = f"query-{tokenize(place, passes, list(layers), shapes)}"
     graph: dict[Any, Any] = {}
+
+    def task(*key: Any, call: Callable[..., Any], of: Sequence[Any]) -> TaskRef:
+        graph[key] = Task(key, call, *of)
+        return TaskRef(key)
+
     for row, layer in enumerate(layers):
-        lanes = _lanes(selection, source, source.layers.index(layer), neurons, groups)
-        for i, lane in enumerate(lanes):
-            # The lane's own key says what is read; queries over the same blocks share it.
-            spec = ("lane", place, layer, i)
-            graph[spec] = Task(spec, _constant, lane)
-            key = (f"fold-{label}", row, i)
-            graph[key] = Task(key, run_lane, TaskRef(spec), (statistic,))
-        whole = (f"merge-{label}", row)
-        graph[whole] = Task(
-            whole,
-            _merge_all,
-            statistic,
-            empty,
-            *(TaskRef((f"fold-{label}", row, i)) for i in range(len(lanes))),
-        )
+        done: TaskRef | None = None
+        for number, step in enumerate(passes):
+            read = np.arange(source.width) if step.whole else neurons
+            place = _place(selection, source, read)
+            of: list[Any] = [step.statistic, groups if done is None else done]
+            call: Callable[..., Any] = _first if done is None else _next
+            statistics = task(f"statistic-{label}", number, row, call=call, of=of)
+            if step.sketch and source.sketched is not None and selection.strata is not None:
+                index = source.layers.index(layer)
+                known = [
+                    SketchedLayer(source.sketched, index, strata, read, source.dtype)
+                    for strata in selection.strata
+                ]
+                fold = task(
+                    f"sketch-{label}", number, row, call=from_sketch, of=[known, statistics]
+                )
+                done = task(f"finish-{label}", number, row, call=_finish, of=[statistics, fold])
+                continue
+            folds = [
+                # The lane's own key says what is read; queries over the same blocks share it.
+                task(
+                    f"fold-{label}",
+                    number,
+                    row,
+                    i,
+                    call=run_lane,
+                    of=[task("lane", place, layer, i, call=_same, of=[lane]), statistics],
+                )
+                for i, lane in enumerate(_lanes(selection, source, layer, read, groups))
+            ]
+            done = task(f"finish-{label}", number, row, call=_finish, of=[statistics, *folds])
+        task(f"all-{label}", row, call=_stack, of=[blank, done])
     arrays = {}
     for name, output in outputs.items():
-        rest = (0,) * (1 + len(output.dims))
         own = f"{name}-{label}"
-        takes: dict[Any, Task] = {
-            (own, row, *rest): Task(
-                (own, row, *rest), _take, TaskRef((f"merge-{label}", row)), name
-            )
-            for row in range(len(layers))
-        }
+        takes: dict[Any, Any] = {}
+        for row in range(len(layers)):
+            key = (own, row, *(0,) * (1 + len(output.dims)))
+            takes[key] = Task(key, _take, TaskRef((f"all-{label}", row)), name)
         layered = HighLevelGraph({label: graph, own: takes}, {label: set(), own: {label}})
         chunks = ((1,) * len(layers), (groups,), *((n,) for n in output.shape))
         meta = np.empty((0,) * len(chunks), output.dtype)
@@ -216,15 +281,19 @@ def _layer_arrays(
     return arrays
 
 
+def _place(selection: Selection, source: Source, neurons: np.ndarray) -> str:
+    """What identifies the values that are read."""
+    groups = selection.groups and (selection.groups.codes, len(selection.groups.values))
+    return tokenize(source.token, neurons, selection.mask, groups)
+
+
 def _lanes(
-    selection: Selection, source: Source, layer_index: int, neurons: np.ndarray, groups: int
-) -> list[Lane]:
+    selection: Selection, source: Source, layer: int, neurons: np.ndarray, groups: int
+) -> Iterator[Lane]:
     """Cut a layer's blocks into runs; blocks without a chosen token are left to be skipped."""
-    n_blocks = len(source.bounds) - 1
-    cuts = np.unique(np.linspace(0, n_blocks, LANES_PER_LAYER + 1).astype(int))
+    cuts = np.unique(np.linspace(0, len(source.bounds) - 1, LANES_PER_LAYER + 1).astype(int))
     every = len(neurons) == source.width
     columns = slice(0, source.width) if every else neurons
-    lanes = []
     for a, b in pairwise(cuts):
         bounds = source.bounds[a : b + 1]
         tokens = slice(bounds[0], bounds[-1])
@@ -232,18 +301,20 @@ def _lanes(
         if mask is not None and not mask.any():
             continue
         codes = None if selection.groups is None else selection.groups.codes[tokens]
-        lanes.append(Lane(source.array, layer_index, bounds, columns, mask, codes, groups))
-    return lanes
+        index = source.layers.index(layer)
+        yield Lane(source.array, index, bounds, columns, mask, codes, groups)
 
 
-def _constant(value: Any) -> Any:
+def _same(value: Any) -> Any:
     return value
 
 
-def _merge_all(
-    statistic: Statistic, empty: Mapping[str, np.ndarray], *lanes: Any
-) -> dict[str, np.ndarray]:
-    return _merge(statistic, list(lanes), empty)
+def _stack(blank: Mapping[str, np.ndarray], results: Sequence[Results | None]) -> Results:
+    """{name: (group, ...)}."""
+    return {
+        name: np.stack([np.reshape((r or blank)[name], empty.shape) for r in results])
+        for name, empty in blank.items()
+    }
 
 
 def _take(results: Mapping[str, np.ndarray], name: str) -> np.ndarray:
@@ -251,9 +322,11 @@ def _take(results: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def _nothing(output: Output) -> np.ndarray:
-    """What a group without tokens gives: zero counts, NaN for the rest."""
-    kind = np.dtype(output.dtype)
-    return np.full(output.shape, np.nan if kind.kind == "f" else 0, kind)
+    """What a group without tokens gives."""
+    blank = output.blank
+    if blank is None:
+        blank = np.nan if np.dtype(output.dtype).kind == "f" else 0
+    return np.full(output.shape, blank, output.dtype)
 
 
 def _hull(neurons: np.ndarray) -> slice:
@@ -271,19 +344,19 @@ def share_reads(graph: Mapping[Any, Any]) -> dict[Any, Any]:
     Returns
     -------
     dict
-        The same graph, with one `run_lane` task for each distinct lane.
+        The same graph, with one `run_lane` task for each distinct lane and number of pass (a
+        later pass may need what an earlier one over the same blocks gives).
     """
     merged = dict(graph)
     readers: dict[Any, list[Any]] = {}
     for key, task in graph.items():
         if isinstance(task, Task) and task.func is run_lane:
-            readers.setdefault(task.args[0].key, []).append(key)
-    for lane, keys in readers.items():
+            readers.setdefault((key[1], task.args[0].key), []).append(key)
+    for (number, lane), keys in readers.items():
         if len(keys) == 1:
             continue
-        statistics = tuple(graph[k].args[1][0] for k in keys)
-        shared = ("shared", *lane)
-        merged[shared] = Task(shared, run_lane, TaskRef(lane), statistics)
+        shared = ("shared", number, *lane)
+        merged[shared] = Task(shared, run_lane, TaskRef(lane), *(graph[k].args[1] for k in keys))
         for i, key in enumerate(keys):
             merged[key] = Task(key, _one_of, TaskRef(shared), i)
     return merged

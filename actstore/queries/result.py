@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dask
@@ -34,27 +34,47 @@ def assemble(
     attrs = {
         "query": name,
         "parameters": json.dumps(_plain(parameters), sort_keys=True),
+        "compat": parameters.get("compat", "textbook"),
         **selection.attrs,
         **(extra or {}),
+        "source": "sketch"
+        if all(d.attrs["source"] == "sketch" for d in stages.values())
+        else "scan",
     }
     if len(stages) == 1:
         ((stage, only),) = stages.items()
         return only.assign_coords(stage=stage).assign_attrs(attrs)
-    widths = {tuple(d.sizes.get("neuron", 0) for d in (v,)) for v in stages.values()}
-    if len(widths) > 1:
+    if len({d.sizes.get("neuron", 0) for d in stages.values()}) > 1:
         tree = {s: d.assign_coords(stage=s).assign_attrs(attrs) for s, d in stages.items()}
         return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), **tree})
+    first = next(iter(stages.values()))
     joined = xr.concat(
         list(stages.values()),
         dim=xr.Variable("stage", np.array(list(stages), dtype=object)),
         join="outer",
-        coords="minimal",
+        coords=_varying(list(stages.values())),
         compat="override",
         combine_attrs="override",
+        # A layer that a stage lacks must not turn truth values into objects.
+        fill_value={n: False if v.dtype == bool else np.nan for n, v in first.variables.items()},
     )
-    for variable, first in next(iter(stages.values())).variables.items():
-        joined[variable].attrs.update(first.attrs)
+    for own, variable in first.variables.items():
+        joined[own].attrs.update(variable.attrs)
     return joined.assign_attrs(attrs)
+
+
+def _varying(stages: Sequence[xr.Dataset]) -> list[str]:
+    """Coordinates that are not the same for every stage: lazy ones, and those that differ."""
+    first = stages[0]
+    return [
+        str(name)
+        for name, coord in first.coords.items()
+        if name not in first.indexes
+        and (
+            is_dask_collection(coord.data)
+            or not all(np.array_equal(coord.values, s[name].values) for s in stages[1:])
+        )
+    ]
 
 
 def compute(*queries: Result, scheduler: Any = None) -> Any:

@@ -7,8 +7,9 @@ user's own; from here on they are all `Source`s.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,19 @@ import xarray as xr
 from ..errors import UnknownNameError, UsageError
 from ..schema import DIMS, Categorical, pick
 from ..select import parse
+from ..sketched import Sketched
 from ..store import ShardedArray, Store, open_store
+from .shortcut import strata_of_groups
 
-__all__ = ["Data", "Groups", "Selection", "Source", "select"]
+__all__ = ["Data", "Groups", "Names", "Numbers", "Selection", "Source", "Tokens", "select"]
 
 Data = Store | xr.DataArray | str | os.PathLike[str]
-_SLICE_TOKENS = 4096
+Names = str | Sequence[str] | None
+Numbers = str | int | Sequence[int] | None
+Tokens = str | np.ndarray | None
+
+SINK_RATIO = 10
+_SLICE_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,12 @@ class Source:
         Token numbers at which blocks begin and end.
     token : str
         What identifies the values, for sharing reads between queries.
+    dtype : str
+        Type of the values; "bfloat16" where they are such, though stored as float32.
     heads : ndarray of int or None
         Attention head of each neuron, where the stage is made of heads.
+    sketched : Sketched or None
+        The stage's sketches.
     """
 
     stage: str
@@ -49,11 +61,21 @@ class Source:
     layers: list[int]
     bounds: np.ndarray
     token: str
+    dtype: str
     heads: np.ndarray | None = None
+    sketched: Sketched | None = None
 
     @property
     def width(self) -> int:
         return int(self.array.shape[2])
+
+    def norms(self, layer: int) -> np.ndarray:
+        """Euclidean norm of every token at one layer; reads it, piece by piece."""
+        norms = np.empty(self.array.shape[1])
+        for a, b in pairwise(self.bounds):
+            values = np.asarray(self.array[self.layers.index(layer), a:b], np.float64)
+            norms[a:b] = np.sqrt(np.einsum("tn,tn->t", values, values))
+        return norms
 
 
 @dataclass(frozen=True)
@@ -82,6 +104,13 @@ class Selection:
     groups : Groups or None
     attrs : dict
         Provenance of the result.
+    n_tokens : int
+        Tokens of the data, asked or not.
+    strata : list of tuple of int, or None
+        The sketches' strata that make up each group (all tokens asked, where there are no
+        groups); None where sketches cannot answer.
+    column : callable
+        Gives a column over all tokens by name.
     """
 
     sources: tuple[Source, ...]
@@ -90,15 +119,27 @@ class Selection:
     mask: np.ndarray | None
     groups: Groups | None
     attrs: dict[str, Any]
+    n_tokens: int
+    strata: list[tuple[int, ...]] | None
+    column: Callable[[str], np.ndarray | Categorical]
+
+    def members(self) -> list[np.ndarray]:
+        """Numbers of the tokens asked, for each group; all in one where there are no groups."""
+        chosen = np.arange(self.n_tokens) if self.mask is None else np.flatnonzero(self.mask)
+        if self.groups is None:
+            return [chosen]
+        codes = self.groups.codes[chosen]
+        return [chosen[codes == i] for i in range(len(self.groups.values))]
 
 
 def select(
     data: Data,
-    stages: str | Sequence[str] | None,
-    layers: str | int | Sequence[int] | None,
-    tokens: str | np.ndarray | xr.DataArray | None,
-    neurons: str | int | Sequence[int] | None,
+    stages: Names,
+    layers: Numbers,
+    tokens: Tokens,
+    neurons: Numbers,
     by: str | None,
+    exclude_sinks: str | None = None,
 ) -> Selection:
     """Resolve the common parameters of a query.
 
@@ -113,21 +154,27 @@ def select(
         data = open_store(data)
     frame = _StoreFrame(data) if isinstance(data, Store) else _ArrayFrame(data)
     names = [s.strip() for s in stages.split(",")] if isinstance(stages, str) else stages
-    for name in names or ():
-        if name not in frame.stages:
-            raise UnknownNameError("stage", name, frame.stages)
-    sources = tuple(frame.source(name) for name in names or frame.stages)
-    mask = _mask(frame, tokens)
+    sources = tuple(_source(frame, name) for name in names or frame.stages)
     groups = _groups(frame, by)
-    used = frame.n_tokens if mask is None else int(np.count_nonzero(mask))
-    if not used:
+    mask = _mask(frame, tokens)
+    asked = frame.n_tokens if mask is None else int(np.count_nonzero(mask))
+    if not asked:
         raise UsageError(f"no token satisfies {tokens!r}: loosen the selection")
+    if exclude_sinks is not None:
+        normal = ~_sinks(_source(frame, exclude_sinks))
+        mask = normal if mask is None else mask & normal
+    used = asked if mask is None else int(np.count_nonzero(mask))
+    if not used:
+        raise UsageError(f"every token asked is a sink at {exclude_sinks}: loosen the selection")
     attrs = {
         **frame.attrs,
         "tokens": tokens if isinstance(tokens, str) else ("all" if tokens is None else "a mask"),
         "tokens_used": used,
         "tokens_excluded": frame.n_tokens - used,
-        "source": "scan",
+        "excluded_by_tokens": frame.n_tokens - asked,
+        "excluded_by_sinks": asked - used,
+        **({"exclude_sinks": exclude_sinks} if exclude_sinks else {}),
+        **({"by": by} if by else {}),
     }
     return Selection(
         sources,
@@ -136,7 +183,22 @@ def select(
         mask,
         groups,
         attrs,
+        frame.n_tokens,
+        frame.strata(mask, groups),
+        frame.column,
     )
+
+
+def _source(frame: _StoreFrame | _ArrayFrame, stage: str) -> Source:
+    if stage not in frame.stages:
+        raise UnknownNameError("stage", stage, frame.stages)
+    return frame.source(stage)
+
+
+def _sinks(source: Source) -> np.ndarray:
+    """Tokens whose norm is far out at the stage's middle layer."""
+    norms = source.norms(source.layers[len(source.layers) // 2])
+    return norms > SINK_RATIO * np.median(norms)
 
 
 def _layers(
@@ -151,8 +213,8 @@ def _layers(
         except UnknownNameError as error:
             failure = error
     if failure is not None:
-        widest = max(sources, key=lambda s: len(s.layers))
-        wanted = pick(layers, widest.layers, "layer")  # raises where no stage has the layer
+        known = sorted({layer for source in sources for layer in source.layers})
+        wanted = pick(layers, known, "layer")  # raises where no stage has the layer
         for source in sources:
             chosen[source.stage] = [n for n in wanted if n in source.layers]
             if not chosen[source.stage]:
@@ -209,10 +271,21 @@ class _StoreFrame:
     def source(self, stage: str) -> Source:
         array = self._store.array(stage)
         layers = self._store.attrs["capture"]["stages"][stage]["layers"]
-        rows = array.layout.rows if isinstance(array, ShardedArray) else _SLICE_TOKENS
+        rows, dtype = _SLICE_TOKENS, str(array.dtype)
+        if isinstance(array, ShardedArray):
+            # Inner chunks, not whole shards: what stays in the cache is worked on twice as fast.
+            rows, dtype = array.layout.chunk_rows, array.layout.source_dtype
         bounds = _bounds(self.n_tokens, rows)
         heads = self._store.heads(stage)
-        return Source(stage, array, layers, bounds, f"{self._store.id}/{stage}", heads)
+        token, sketched = f"{self._store.id}/{stage}", self._store.sketched(stage)
+        return Source(stage, array, layers, bounds, token, dtype, heads, sketched)
+
+    def strata(
+        self, mask: np.ndarray | None, groups: Groups | None
+    ) -> list[tuple[int, ...]] | None:
+        if groups is None:
+            return strata_of_groups(self._store, mask, None, 1)
+        return strata_of_groups(self._store, mask, groups.codes, len(groups.values))
 
 
 class _ArrayFrame:
@@ -261,7 +334,12 @@ class _ArrayFrame:
             else list(range(array.sizes["layer"]))
         )
         heads = array.coords["head"].values if "head" in array.coords else None
-        return Source(stage, array.data, layers, bounds, f"array-{id(array.data):x}", heads)
+        data = array.data  # once: of an array that is still in its file, it is read here
+        token = f"array-{id(data):x}"
+        return Source(stage, data, layers, bounds, token, str(array.dtype), heads)
+
+    def strata(self, mask: np.ndarray | None, groups: Groups | None) -> None:
+        """An array of the user's own has no sketches."""
 
 
 def _bounds(tokens: int, rows: int) -> np.ndarray:

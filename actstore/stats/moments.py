@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from .streaming import State
+from .streaming import LayerSketch, State
 
 __all__ = ["MOMENT_NAMES", "Moments", "merge_moments", "moments_of"]
 
@@ -29,11 +29,14 @@ class Moments:
 
     groups: np.ndarray | None = None
 
-    def chunk(self, values_tn: np.ndarray) -> State:
+    def chunk(self, values_tn: np.ndarray, tokens_t: np.ndarray | None = None) -> State:
         return moments_of(values_tn)
 
     def combine(self, a: State, b: State) -> State:
         return merge_moments(a, b)
+
+    def from_sketch(self, layer: LayerSketch) -> State:
+        return layer.moments()
 
     def finalize(self, state: State) -> dict[str, np.ndarray]:
         if self.groups is None:
@@ -111,7 +114,10 @@ def _moments(x):  # type: ignore[no-untyped-def]
                     signs[0, j] += row[j] == 0
                     signs[1, j] += row[j] > 0
             for j in range(columns):
-                _merge_tile(out, left + j, n, shift[j], a[:, j])
+                if _in_reach(shift[j], ends[0, j], ends[1, j]):
+                    _merge_tile(out, left + j, n, shift[j], a[:, j])
+                else:
+                    _merge_exactly(out, left + j, x[top:bottom, left + j])
                 low, high = np.float64(ends[0, j]), np.float64(ends[1, j])
                 at = left + j
                 out[5, at] = low if not out[5, at] <= low else out[5, at]
@@ -119,6 +125,30 @@ def _moments(x):  # type: ignore[no-untyped-def]
                 out[7, at] += signs[0, j]
                 out[8, at] += signs[1, j]
     return out
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _in_reach(shift, low, high):  # type: ignore[no-untyped-def]
+    """Whether fourth powers about `shift` fit float32; all values the same are in reach."""
+    reach = max(high - shift, shift - low)
+    return reach == 0 or (reach >= 1e-8 and reach <= 1e9) or low == high
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _merge_exactly(out, j, values):  # type: ignore[no-untyped-def]
+    """`_merge_tile` for values whose powers do not fit float32, from the values themselves."""
+    mean = 0.0
+    for v in values:
+        mean += np.float64(v)
+    mean /= len(values)
+    sums = np.zeros(4)
+    for v in values:
+        d = np.float64(v) - mean
+        sums[0] += d
+        sums[1] += d * d
+        sums[2] += d * d * d
+        sums[3] += d * d * d * d
+    _merge_tile(out, j, len(values), mean, sums)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -213,10 +243,11 @@ def describe(state: State) -> dict[str, np.ndarray]:
 
     Undefined values (the variance of one token, the skewness of a constant) are NaN.
     """
-    n, m2 = state["count"], state["m2"]
+    n = state["count"]
+    # A constant's m2 is rounding, not spread: no skewness to speak of.
+    m2 = np.where(state["min"] == state["max"], 0, state["m2"])
     with np.errstate(divide="ignore", invalid="ignore"):
         variance = np.where(n > 1, m2 / (n - 1), np.nan)
-        # A constant's m2 is rounding, not spread: no skewness to speak of.
         spread = np.where(m2 > 0, m2, np.nan)
         return {
             "count": n.astype(np.int64),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .moments import _merge_tile
+from .moments import _in_reach, _merge_exactly, _merge_tile
 
 __all__ = ["NO_TOKEN", "insert_extremes", "merge_limits", "sketch_chunk"]
 
@@ -91,7 +91,10 @@ def sketch_chunk(x, keys, rows, first_token, left, moments, counts, norms, limit
                 counts[keys[i, j]] += 1
         for j in range(columns):
             at = left + j
-            _merge_tile(moments, at, n, shift[j], sums[:, j])
+            if _in_reach(shift[j], low[j], high[j]):
+                _merge_tile(moments, at, n, shift[j], sums[:, j])
+            else:
+                _merge_exactly(moments, at, x[tile, j])
             a, b = np.float64(low[j]), np.float64(high[j])
             moments[5, at] = moments[5, at] if moments[5, at] <= a else a
             moments[6, at] = moments[6, at] if moments[6, at] >= b else b

@@ -1,0 +1,381 @@
+"""What all pictures share: colours, tidy axes, figures that grow with their panels, headings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product, zip_longest
+from typing import TYPE_CHECKING, Any, TypeAlias
+from zlib import crc32
+
+import numpy as np
+import xarray as xr
+
+from ..errors import UsageError
+from ..queries.result import compute
+from ..schema import layer_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+__all__ = [
+    "INK",
+    "MOST_PANELS",
+    "POINTS",
+    "STAGE_STYLE",
+    "Depth",
+    "Result",
+    "check_dims",
+    "colour_bar",
+    "described",
+    "facets",
+    "group_colours",
+    "heading",
+    "holding",
+    "layers_of",
+    "literally",
+    "loaded",
+    "new_axes",
+    "panels",
+    "stage_colour",
+    "stage_marker",
+    "stages_of",
+    "tick_layers",
+    "tidy",
+    "varying",
+]
+
+Result: TypeAlias = xr.Dataset | xr.DataTree
+
+INK = "#2b2f36"
+"""Text, and whatever stands alone."""
+
+MOST_PANELS = 48
+"""Panels of one figure: 4 stages by 12 layers."""
+
+POINTS: dict[str, Any] = {"linewidths": 0, "rasterized": True}
+"""Scatters have many points: as an image, vector files stay small."""
+
+_GREY = "#b8bec9"
+
+# Ten colours that stay apart under the common kinds of colour blindness (Petroff, 2021). The four
+# MLP stages, oftenest drawn together, have four that are far apart and dark enough for lines.
+STAGE_STYLE = {
+    "hidden": ("#717581", "o"),
+    "resid_pre": ("#b9ac70", "v"),
+    "resid_mid": ("#a96b59", "^"),
+    "resid_post": ("#94a4a2", "<"),
+    "attn_z": ("#92dadd", ">"),
+    "attn_out": ("#e76300", "P"),
+    "mlp_in": ("#3f90da", "o"),
+    "mlp_pre": ("#ffa90e", "s"),
+    "mlp_post": ("#bd1f01", "D"),
+    "mlp_out": ("#832db6", "^"),
+}
+"""Colour and marker of every stage of the schema."""
+
+# Okabe and Ito's colours, their yellow darkened for lines on white.
+_GROUPS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#a89000")
+
+
+def stage_colour(stage: str) -> str:
+    """The colour of a stage, the same in every picture."""
+    return _style(stage)[0]
+
+
+def stage_marker(stage: str) -> str:
+    """The marker of a stage, the same in every picture."""
+    return _style(stage)[1]
+
+
+def _style(stage: str) -> tuple[str, str]:
+    styles = list(STAGE_STYLE.values())
+    return STAGE_STYLE.get(stage) or styles[crc32(stage.encode()) % len(styles)]
+
+
+def group_colours(n: int) -> list[Any]:
+    """Colours for the values of a label, or for heads."""
+    return list(_GROUPS[:n]) if n <= len(_GROUPS) else list(Depth(range(n)).colours)
+
+
+class Depth:
+    """Colours that run with depth, the same for a layer in all panels of a picture.
+
+    Parameters
+    ----------
+    layers : iterable of int
+    names : iterable of str, optional
+        Default the numbers.
+    """
+
+    def __init__(self, layers: Iterable[int], names: Iterable[str] | None = None) -> None:
+        import matplotlib as mpl
+
+        self.layers = [int(n) for n in layers]
+        self.names = [str(n) for n in (self.layers if names is None else names)]
+        # The light end of the map cannot be seen on white.
+        self.colours = mpl.colormaps["plasma"](np.linspace(0, 0.88, len(self.layers)))
+
+    def __getitem__(self, layer: int) -> Any:
+        return self.colours[self.layers.index(int(layer))]
+
+
+def colour_bar(depth: Depth, axes: Sequence[Axes], label: str = "layer") -> None:
+    """A bar beside some panels with one step of colour for each layer."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    n = len(depth.layers)
+    scale = ScalarMappable(BoundaryNorm(np.arange(n + 1) - 0.5, n), ListedColormap(depth.colours))
+    chosen = np.arange(n)[:: _stride(n)]
+    bar = axes[0].figure.colorbar(
+        scale, ax=list(axes), ticks=chosen, aspect=35, pad=0.02, fraction=0.04
+    )
+    bar.ax.set_yticklabels([depth.names[i] for i in chosen])
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(length=0, labelsize=8, labelcolor=INK)
+    bar.outline.set_visible(False)
+    bar.set_label(label, size=9, color=INK)
+
+
+def tick_layers(ax: Axes, layers: Sequence[int], names: Sequence[str]) -> None:
+    """Ticks at whole layers, few enough to be read."""
+    every = _stride(len(layers))
+    ax.set_xticks(layers[::every], names[::every])
+
+
+def _stride(n: int) -> int:
+    return max(1, -(-n // 13))
+
+
+def tidy(ax: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
+    """Title, labels and spines in the style of all pictures."""
+    if title:
+        literally(ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK))
+    for axis, label in ((ax.xaxis, x), (ax.yaxis, y)):
+        if label:
+            literally(axis.set_label_text(label, fontsize=9, color=INK))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(_GREY)
+    ax.tick_params(which="both", labelsize=8, color=_GREY, labelcolor=INK)
+    return ax
+
+
+def literally(text: Any) -> Any:
+    """Text as it is: labels and tokens may hold dollar signs, which would mean mathematics."""
+    text.set_parse_math(False)
+    return text
+
+
+def new_axes(ax: Axes | None) -> Axes:
+    """The Axes given, or those of a new pyplot figure, which notebooks show by themselves."""
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.figure(figsize=(6, 4), layout="constrained").subplots()
+
+
+def panels(
+    figure: Figure | SubFigure | None,
+    rows: int,
+    columns: int,
+    size: tuple[float, float] = (3.6, 2.7),
+    **options: Any,
+) -> np.ndarray:
+    """A grid of Axes in a figure, or in a new one that is as large as they need.
+
+    Parameters
+    ----------
+    figure : Figure or SubFigure or None
+        Default a new pyplot figure. One with a true ``fit_panels`` is given the size.
+    rows, columns : int
+    size : tuple of float
+        Of one panel, in inches.
+    **options : object
+        For `Figure.subplots`.
+
+    Returns
+    -------
+    ndarray of Axes (rows, columns)
+    """
+    if rows * columns > MOST_PANELS:
+        raise UsageError(
+            f"{rows * columns} panels do not fit a picture: ask for at most {MOST_PANELS}, with "
+            "stages= and layers= (--stages mlp_post --layers 0,3-5), or fewer groups"
+        )
+    inches = columns * size[0] + 0.6, rows * size[1] + 0.4  # colour bar and heading
+    if figure is None:
+        import matplotlib.pyplot as plt
+
+        figure = plt.figure(figsize=inches, layout="constrained")
+    elif getattr(figure, "fit_panels", False):
+        figure.set_size_inches(*inches)  # type: ignore[union-attr]
+    return figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def facets(
+    draw: Callable[[xr.Dataset, Axes], Any],
+    result: Result,
+    figure: Figure | SubFigure | None,
+    size: tuple[float, float],
+    within: Iterable[str] = (),
+) -> np.ndarray:
+    """Draw a panel for each stage, layer and group of a result.
+
+    Stages are the columns and everything else the rows; what varies alone fills rows in turn.
+
+    Parameters
+    ----------
+    draw : callable
+        Draws a part of the result in Axes.
+    result : Dataset or DataTree
+    figure : Figure or SubFigure or None
+    size : tuple of float
+        Of one panel, in inches.
+    within : iterable of str
+        Dimensions that a panel shows whole.
+
+    Returns
+    -------
+    ndarray of Axes (row, column)
+    """
+    result = loaded(result)
+    parts = stages_of(result)
+    dims = [
+        d
+        for d in ("layer", str(result.attrs.get("by")))
+        if d not in within and any(part.sizes.get(d, 1) > 1 for part in parts.values())
+    ]
+    keys = dict.fromkeys(
+        key for part in parts.values() for key in product(*(part[d].values for d in dims))
+    )
+    cells = [_cell(part, dims, key) for key in keys for part in parts.values()]
+    both = len(parts) > 1 and len(keys) > 1
+    columns = len(parts) if both else min(len(cells), 3 if len(cells) in (3, 5, 6, 9) else 4)
+    columns = 2 if len(cells) == 4 and not both else columns
+    axes = panels(figure, -(-len(cells) // columns), columns, size)
+    for ax, cell in zip_longest(axes.flat, cells):
+        if cell is None:
+            ax.set_axis_off()
+        else:
+            draw(cell, ax)
+    return axes
+
+
+def _cell(part: xr.Dataset, dims: Sequence[str], key: Sequence[Any]) -> xr.Dataset | None:
+    if any(k not in part[d].values for d, k in zip(dims, key, strict=True)):
+        return None
+    return part.sel({d: [k] for d, k in zip(dims, key, strict=True)})
+
+
+def stages_of(result: Result) -> dict[str, xr.Dataset]:
+    """Each stage's part of a result, layers that it lacks left out."""
+    if isinstance(result, xr.DataTree):
+        return {name: node.to_dataset() for name, node in result.children.items()}
+    if "stage" not in result.coords:
+        return {"": result}
+    if result["stage"].ndim == 0:
+        return {str(result["stage"].item()): result}
+    return {str(s): _present(result.isel(stage=i)) for i, s in enumerate(result["stage"].values)}
+
+
+def _present(part: xr.Dataset) -> xr.Dataset:
+    """Without the layers of which nothing is there: another stage of the result had them."""
+    there = xr.zeros_like(part["layer"], bool) if "layer" in part.dims else None
+    if there is None:
+        return part
+    for variable in part.data_vars.values():
+        if variable.dtype.kind == "f" and "layer" in variable.dims:
+            there = there | variable.notnull().any([d for d in variable.dims if d != "layer"])
+    return part.isel(layer=there.values) if there.any() else part
+
+
+def layers_of(parts: dict[str, xr.Dataset]) -> tuple[list[int], list[str]]:
+    """Layers of some stages, and their names; `hidden` alone has layers by name."""
+    layers = sorted({int(n) for d in parts.values() for n in np.atleast_1d(d["layer"].values)})
+    stage = next(iter(parts)) if len(parts) == 1 else ""
+    return layers, [layer_name(stage, n) for n in layers]
+
+
+def loaded(result: Result) -> Result:
+    """A result with its values; drawing a lazy one would read the data again and again."""
+    return compute(result) if isinstance(result, xr.Dataset | xr.DataTree) else result
+
+
+def holding(result: Any, query: str, *names: str) -> xr.Dataset:
+    """A result with its values, checked to be one dataset that holds one of some variables."""
+    if isinstance(result, xr.DataTree):
+        stages = list(result.children) or ["mlp_post"]
+        raise UsageError(
+            f"the stages of this result ({', '.join(stages)}) differ in width and cannot share "
+            f"Axes: choose one, as result[{stages[0]!r}].to_dataset(), or draw all with "
+            "actstore.plot.draw(result)"
+        )
+    held = list(map(str, getattr(result, "data_vars", ())))
+    if not set(names) & set(held):
+        raise UsageError(
+            f"this {type(result).__name__} holds {', '.join(held) or 'no variables'}: the picture "
+            f"needs {' or '.join(names)}, as actstore.{query} gives"
+        )
+    return compute(result)
+
+
+def check_dims(variable: xr.DataArray, *allowed: str, most: int = 9) -> list[str]:
+    """Dimensions longer than one; raises unless they are among those that can be drawn.
+
+    Parameters
+    ----------
+    variable : DataArray
+    *allowed : str
+        Dimensions that may be longer than one.
+    most : int
+        How many of them may be, all at once.
+    """
+    found = varying(variable)
+    wrong = [d for d in found if d not in allowed]
+    wrong += [d for d in found if d not in wrong][: max(0, len(found) - len(wrong) - most)]
+    if wrong:
+        sizes = ", ".join(f"{d}: {n}" for d, n in variable.sizes.items())
+        picks = ", ".join(f"{d}={_one(variable, d)!r}" for d in wrong)
+        one_of = "one of " if most < len(allowed) else ""
+        raise UsageError(
+            f"{variable.name} has dimensions ({sizes}); these Axes can hold {one_of}"
+            f"{', '.join(allowed) or 'none'}: select, as result.sel({picks}), or draw panels with "
+            "actstore.plot.draw(result)"
+        )
+    return found
+
+
+def _one(variable: xr.DataArray, dim: str) -> Any:
+    value = variable[dim].values[0]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def varying(variable: xr.DataArray) -> list[str]:
+    """Dimensions longer than one."""
+    return [str(d) for d, n in variable.sizes.items() if n > 1]
+
+
+def heading(part: xr.Dataset, but: Iterable[str] = ()) -> str:
+    """What a part of a result is about: "mlp_post, layer 3, condition terminal"."""
+    words = []
+    for name in ("stage", "layer", "head", "neuron", str(part.attrs.get("by"))):
+        if name in but or name not in part.coords or part[name].size != 1:
+            continue
+        value = part[name].values.ravel()[0]
+        if name == "stage":
+            words.append(str(value))
+        elif name == "layer":
+            shown = layer_name(words[0] if words else "", int(value))
+            words.append(shown if shown != str(value) else f"layer {value}")
+        else:
+            words.append(f"{name} {value}")
+    return ", ".join(words)
+
+
+def described(variable: xr.DataArray) -> str:
+    """An axis label: long name and units."""
+    name = str(variable.attrs.get("long_name", variable.name))
+    units = variable.attrs.get("units", "1")
+    return name if units == "1" else f"{name} ({units})"

@@ -1,0 +1,75 @@
+"""What each row of a result is about: a layer, a head or a neuron; and checks of choices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import UnknownNameError, UsageError
+from .engine import Output
+from .selection import Source
+
+__all__ = [
+    "COMPAT",
+    "PER",
+    "Compat",
+    "Per",
+    "check",
+    "element",
+    "groups_of",
+    "per_neuron",
+    "row_dims",
+]
+
+Per = Literal["layer", "head", "neuron"]
+PER = ("layer", "head", "neuron")
+
+Compat = Literal["textbook", "notebook"]
+COMPAT = ("textbook", "notebook")
+
+
+def check(parameter: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Refuse a value that is not among those allowed."""
+    if value not in allowed:
+        raise UnknownNameError(f"value of {parameter}", value, allowed)
+
+
+def groups_of(source: Source, neurons: np.ndarray, per: str) -> np.ndarray:
+    """Row of the result that each neuron goes to."""
+    if per == "layer":
+        return np.zeros(len(neurons), np.int64)
+    if per == "neuron":
+        return np.arange(len(neurons))
+    return np.unique(_heads(source)[neurons], return_inverse=True)[1]
+
+
+def row_dims(
+    source: Source, neurons: np.ndarray, per: str
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Dimensions of the rows, and their lengths."""
+    if per == "layer":
+        return (), ()
+    if per == "neuron":
+        return ("neuron",), (len(neurons),)
+    return ("head",), (len(np.unique(_heads(source)[neurons])),)
+
+
+def per_neuron(neurons: np.ndarray, dtype: Any, long_name: str, units: str = "1") -> Output:
+    """A variable with a value for each neuron."""
+    return Output(("neuron",), (len(neurons),), dtype, {"long_name": long_name, "units": units})
+
+
+def element(source: Source) -> np.dtype[Any]:
+    """Type in which the source's values are counted and sorted."""
+    kinds = {"float16": np.float16, "float32": np.float32, "bfloat16": np.float32}
+    return np.dtype(kinds.get(source.dtype, np.float64))
+
+
+def _heads(source: Source) -> np.ndarray:
+    if source.heads is None:
+        raise UsageError(
+            f"stage {source.stage} is not made of heads: per='head' works on attn_z only"
+        )
+    return source.heads

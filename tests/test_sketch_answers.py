@@ -1,0 +1,172 @@
+"""Answers from sketches equal those of a scan over the same values, and read no shard."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import actstore
+from actstore.plan import Plan, StageSpec
+from actstore.storage import counters
+from actstore.writer import Writer
+
+LAYERS, WIDTH, LENGTHS = (0, 1, 2), 32, [40, 75, 9, 200, 131, 60]
+
+
+def store_of(path, dtype, sketch, sketch_by=None):
+    rng = np.random.default_rng(3)
+    records = [
+        {"input_ids": rng.integers(1, 50, n).tolist(), "kind": "ab"[i % 2]}
+        for i, n in enumerate(LENGTHS)
+    ]
+    made = actstore.build_corpus(records)
+    values = rng.normal(size=(len(LAYERS), sum(LENGTHS), WIDTH)).astype(np.float32)
+    values[..., 0] = 300 + 10 * values[..., 0]
+    values[..., 1] = 0
+    values[..., 2] = np.maximum(values[..., 2], 0)
+    plan = Plan.build(
+        made,
+        [StageSpec("mlp_post", LAYERS, WIDTH)],
+        dtype=dtype,
+        buffer="150KiB",
+        sketch=sketch,
+        sketch_by=sketch_by,
+    )
+    with Writer(path, plan) as writer:
+        for i, layer in enumerate(LAYERS):
+            writer.put("mlp_post", layer, 0, values[i])
+    return actstore.open(path)
+
+
+@pytest.fixture(scope="module", params=["float32", "float16", "bfloat16"])
+def pair(request, tmp_path_factory):
+    """The same values in a store with sketches and one without."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return (
+        store_of(folder / "with.zarr", request.param, True),
+        store_of(folder / "without.zarr", request.param, False),
+    )
+
+
+REST = "position > 0"
+AT_ONCE = {
+    "moments": [{}, {"per": "layer"}, {"tokens": REST}, {"neurons": "3-9", "layers": "-1"}],
+    "mean_activation": [{}, {"tokens": "position == 0"}],
+    "top_tokens": [{"k": 20}, {"k": 5, "largest": False, "tokens": REST}, {"neurons": [2, 1]}],
+}
+# Exact from sketches only where a value has 16 bits.
+SIXTEEN_BITS = {
+    "quantiles": [{"q": [0, 0.1, 0.5, 1]}, {"tokens": REST}],
+    "histogram": [
+        {"bins": 30, "range": (-2, 2)},
+        {"bins": [-3.0, -0.5, 0.0, 2.0], "density": True},
+        {"bins": 40},
+        {"bins": "fd", "tokens": REST},
+    ],
+}
+HALF_WAY = {
+    "normality": [{}],
+    "zeroness": [{"neurons": "0-7"}],
+    "peaks": [{"height": 0.02}],
+    "histogram": [{"bins": 20, "per": "neuron"}, {"bins": 20, "transform": "scale"}],
+}
+
+
+def cases(table):
+    return [(name, asked) for name, many in table.items() for asked in many]
+
+
+def answer(store, name, asked):
+    result = getattr(actstore, name)(store, **asked)
+    counters.reset()
+    return result, result.compute()
+
+
+def same(a, b):
+    assert set(a.variables) == set(b.variables)
+    for name in a.variables:
+        if a[name].dtype.kind in "fc":
+            # A mean that is all but zero is rounding beside the values that were summed, and an
+            # excess kurtosis beside the 3 that was taken off.
+            atol = 2e-5 if name == "kurtosis" else 1e-6
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=atol, err_msg=name)
+        else:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize(("name", "asked"), cases(AT_ONCE))
+def test_sketches_answer_at_once(pair, name, asked):
+    lazy, known = answer(pair[0], name, asked)
+    assert counters.reads == 0
+    assert lazy.attrs["source"] == "sketch"
+    lazy, scanned = answer(pair[1], name, asked)
+    assert counters.reads > 0
+    assert lazy.attrs["source"] == "scan"
+    same(known, scanned)
+
+
+@pytest.mark.parametrize(("name", "asked"), cases(SIXTEEN_BITS))
+def test_tables_answer_for_sixteen_bits(pair, name, asked):
+    exact = pair[0].attrs["capture"]["stages"]["mlp_post"]["dtype"] != "float32"
+    lazy, known = answer(pair[0], name, asked)
+    assert (counters.reads == 0) == exact
+    assert lazy.attrs["source"] == ("sketch" if exact else "scan")
+    same(known, answer(pair[1], name, asked)[1])
+
+
+@pytest.mark.parametrize(("name", "asked"), cases(HALF_WAY))
+def test_sketches_spare_a_first_reading(pair, name, asked):
+    lazy, known = answer(pair[0], name, asked)
+    spared = counters.bytes
+    assert lazy.attrs["source"] == "scan"
+    same(known, answer(pair[1], name, asked)[1])
+    assert spared < counters.bytes
+
+
+def test_a_selection_that_cuts_a_stratum_scans(pair):
+    for tokens in ("position > 1", "token_id == 7", np.arange(sum(LENGTHS)) % 2 == 0):
+        lazy, found = answer(pair[0], "moments", {"tokens": tokens})
+        assert lazy.attrs["source"] == "scan"
+        same(found, answer(pair[1], "moments", {"tokens": tokens})[1])
+
+
+def test_groups_of_the_label_that_was_sketched_by(tmp_path):
+    with_label = store_of(tmp_path / "a.zarr", "float32", True, "kind")
+    without = store_of(tmp_path / "b.zarr", "float32", False)
+    for asked in ({"by": "kind"}, {"tokens": "kind == 'b'"}, {"by": "kind", "tokens": REST}):
+        lazy, known = answer(with_label, "mean_activation", asked)
+        assert lazy.attrs["source"] == "sketch"
+        same(known, answer(without, "mean_activation", asked)[1])
+    assert actstore.moments(with_label, by="document").attrs["source"] == "scan"
+
+
+def test_nonfinite_values_are_scanned(tmp_path):
+    made = actstore.build_corpus([[1, 2, 3, 4]])
+    values = np.ones((4, WIDTH), np.float32)
+    values[2, 5] = np.nan
+    plan = Plan.build(made, [StageSpec("mlp_post", (0,), WIDTH)])
+    with Writer(tmp_path / "a.zarr", plan, allow_nonfinite=True) as writer:
+        writer.put("mlp_post", 0, 0, values)
+    store = actstore.open(tmp_path / "a.zarr")
+    assert store.attrs["nonfinite"] == 1
+    assert actstore.moments(store).attrs["source"] == "scan"
+    assert actstore.histogram(store, bins=3).compute()["nonfinite"].item() == 1
+
+
+def test_data_of_the_users_own_are_scanned(pair):
+    result = actstore.moments(pair[0]["mlp_post"])
+    assert isinstance(result, xr.Dataset)
+    assert result.attrs["source"] == "scan"
+    same(result.compute(), actstore.moments(pair[0]).compute())
+
+
+def test_two_stores_at_one_path_are_not_mixed_up(tmp_path):
+    """Sketches are cached by the store's identity, not by where it lies."""
+    made = actstore.build_corpus([[1, 2, 3, 4]])
+    for value in (1.0, 2.0):
+        plan = Plan.build(made, [StageSpec("mlp_post", (0,), WIDTH)])
+        with Writer(tmp_path / str(value), plan) as writer:
+            writer.put("mlp_post", 0, 0, np.full((4, WIDTH), value, np.float32))
+    assert actstore.moments(tmp_path / "1.0").compute()["mean"].values.max() == 1
+    (tmp_path / "1.0").rename(tmp_path / "away")
+    (tmp_path / "2.0").rename(tmp_path / "1.0")
+    assert actstore.moments(tmp_path / "1.0").compute()["mean"].values.max() == 2

@@ -1,0 +1,100 @@
+"""Runs the command line many times from one warm process: each run is a fork of it.
+
+Started by tests as a process of its own; imports take seconds, a fork none. Reads one JSON
+request a line and answers with one:
+
+    {"argv": [...], "out": FILE, "env": {...}, "die_at": N}  ->  {"pid": ...}
+    {"wait": PID}                                            ->  {"status": ...}
+
+`die_at` kills the run itself at its Nth write, sync or rename, before it (even N) or after (odd).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def main() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    import actstore_cli
+
+    import actstore.store
+    import actstore.writer  # noqa: F401
+    from actstore.models import load_model
+
+    _, tokenizer = load_model("demo", device="cpu")
+    tokenizer("All that is imported on first use is imported now.")
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            _child(request, actstore_cli.main)
+        print(json.dumps({"pid": pid}), flush=True)
+
+
+def _child(request: dict[str, Any], command: Callable[[], Any]) -> None:
+    """Be the run; never returns."""
+    code: Any = 70
+    try:
+        for fd, name, flags in (
+            (0, os.devnull, os.O_RDONLY),
+            (1, request["out"] + ".out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+            (2, request["out"] + ".err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+        ):
+            os.dup2(os.open(name, flags), fd)
+        os.environ.update(request.get("env", {}))
+        sys.argv = ["actstore", *request["argv"]]
+        _count_operations(request.get("die_at"), request["out"] + ".ops")
+        command()
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _count_operations(die_at: int | None, log: str) -> None:
+    """Log what is done to files, one character each, and die at one of them."""
+    lock, done = threading.Lock(), [0]
+    if os.path.exists(log):
+        os.unlink(log)
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    plain_write = os.write
+
+    def counted(letter: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*args: Any, **kwargs: Any) -> Any:
+            with lock:
+                number = done[0]
+                done[0] += 1
+                plain_write(fd, letter.encode())
+            if die_at is not None and number == die_at // 2 and die_at % 2 == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **kwargs)
+            if die_at is not None and number == die_at // 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return operation
+
+    for name in ("fdatasync", "fsync", "ftruncate", "rename", "replace", "unlink", "write"):
+        setattr(os, name, counted(name[0], getattr(os, name)))
+
+
+if __name__ == "__main__":
+    main()
