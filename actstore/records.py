@@ -191,7 +191,7 @@ def _check_name(name: Any, where: str) -> None:
             f"{where}: the key {name!r} is a column that every store has already; rename it, for "
             f"example to 'my_{name}'"
         )
-    usable = isinstance(name, str) and re.fullmatch(r"(?!\.|__)[^/`]{1,100}", name)
+    usable = isinstance(name, str) and re.fullmatch(r"(?!\.|__|zarr\.json$)[^/`]{1,100}", name)
     if not usable or not name.isprintable():
         raise CorpusError(
             f"{where}: the key {name!r} cannot name a column; use letters, digits and '_', at most "

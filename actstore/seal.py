@@ -74,7 +74,7 @@ def seal(
     put_if_new(storage, journal.MANIFEST, journal.sealed_json(manifest))
     for key, data in groups.items():
         put_if_new(storage, key, data)
-    _tidy(storage, skeleton)
+    _tidy(storage, [*skeleton.objects, *skeleton.groups, *sketches])
     put_if_new(storage, "zarr.json", root_document(root))
 
 
@@ -88,15 +88,13 @@ def _labels(objects: Mapping[str, Digest]) -> dict[str, Digest]:
     return {key: digest for key, digest in objects.items() if not key.startswith("sketch/")}
 
 
-def _tidy(storage: LocalStorage, skeleton: Skeleton) -> None:
-    """Remove what only an unfinished store needs, and what killed writers left."""
+def _tidy(storage: LocalStorage, keys: Iterable[str]) -> None:
+    """Remove what only an unfinished store needs, and what killed writers left beside `keys`."""
     for key in storage.keys("journal"):
         if key.startswith("journal/rank-") or key.endswith(".sketch"):
             storage.delete(key)
-    # Not in the groups' own folders, where another rank may be sealing the same.
-    for folder in {key.rpartition("/")[0] for key in skeleton.objects}:
+    for folder in {"journal", *(key.rpartition("/")[0] for key in keys)}:
         storage.sweep(folder)
-    storage.sweep("journal", begins="p")
 
 
 def put_if_new(storage: LocalStorage, key: str, data: bytes) -> None:

@@ -61,11 +61,17 @@ class LocalStorage:
     tag : str
         Part of temporary names, so that processes that write the same object do not meet in them.
         A rerun with the same tag writes over what a killed run left.
+
+    Attributes
+    ----------
+    puts : int
+        Objects written so far.
     """
 
     def __init__(self, root: str | os.PathLike[str], tag: str = "0") -> None:
         self.root = Path(root)
         self.tag = tag
+        self.puts = 0
 
     def __repr__(self) -> str:
         return f"LocalStorage({str(self.root)!r})"
@@ -130,6 +136,7 @@ class LocalStorage:
         nbytes : int, optional
             Length of the object when `data` is a longer aligned buffer.
         """
+        self.puts += 1
         path = self.path(key)
         partial = path.with_name(f"{path.name}.{self.tag}{_PARTIAL}")
         view = memoryview(data)
@@ -151,9 +158,9 @@ class LocalStorage:
         for made in new:
             _sync(made.parent)
 
-    def sweep(self, prefix: str, begins: str = "") -> None:
+    def sweep(self, prefix: str) -> None:
         """Remove what killed writers left under temporary names in a folder."""
-        for partial in self.path(prefix).glob(f"{begins}*{_PARTIAL}"):
+        for partial in self.path(prefix).glob(f"*{_PARTIAL}"):
             partial.unlink(missing_ok=True)
 
     def sync_folder(self, prefix: str) -> None:

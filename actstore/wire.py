@@ -1,4 +1,4 @@
-"""Results as JSON and CSV, the same for the command line and the server."""
+"""Results as JSON, CSV and files, the same for the command line and the server."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ import csv
 import io
 import json
 import math
+import os
+import shutil
+import warnings
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import xarray as xr
 
-__all__ = ["to_csv", "to_json", "to_records"]
+from .errors import UnknownNameError, UsageError
+from .queries.result import compute
+
+__all__ = ["ENDINGS", "dumps", "save", "to_csv", "to_json", "to_records"]
+
+ENDINGS = (".nc", ".zarr")
+"""Kinds of files that hold a result."""
 
 
 def to_json(result: xr.Dataset | xr.DataTree) -> dict[str, Any]:
@@ -54,28 +65,36 @@ def to_records(result: xr.Dataset | xr.DataTree) -> tuple[list[str], list[list[A
     rows : list of list
     """
     if isinstance(result, xr.DataTree):
-        header: list[str] = []
-        rows: list[list[Any]] = []
-        for node in result.children.values():
-            header, part = to_records(node.to_dataset())
-            rows += part
-        return header, rows
+        parts = [to_records(node.to_dataset()) for node in result.children.values()]
+        return parts[0][0] if parts else [], [row for _, rows in parts for row in rows]
+    result = _with_bin_ends(result)
     widest = max((v.dims for v in result.data_vars.values()), key=len, default=())
-    names = [str(k) for k, v in result.data_vars.items() if set(v.dims) <= set(widest)]
-    scalars = [str(k) for k, v in result.coords.items() if v.dims == ()]
     shape = tuple(result.sizes[d] for d in widest)
-    columns = [np.full(shape, result.coords[s].values, object).ravel() for s in scalars]
-    for axis, dim in enumerate(widest):
-        labels = result[dim].values if dim in result.coords else np.arange(shape[axis])
-        spread = np.expand_dims(labels, [a for a in range(len(widest)) if a != axis])
-        columns.append(np.broadcast_to(spread, shape).ravel())
-    for name in names:
-        variable = result[name]
-        missing = [a for a, d in enumerate(widest) if d not in variable.dims]
+    scalars = [k for k, v in result.coords.items() if v.dims == ()]
+    labels = [k for k, v in result.coords.items() if v.dims and k not in result.dims]
+    beside = [k for k in (*labels, *result.data_vars) if set(result[k].dims) <= set(widest)]
+
+    def column(variable: xr.DataArray) -> np.ndarray:
+        missing = [axis for axis, d in enumerate(widest) if d not in variable.dims]
         ordered = variable.transpose(*(d for d in widest if d in variable.dims))
-        columns.append(np.broadcast_to(np.expand_dims(ordered.values, missing), shape).ravel())
-    header = [*scalars, *map(str, widest), *names]
-    return header, [[_plain(v) for v in row] for row in zip(*columns, strict=True)]
+        return np.broadcast_to(np.expand_dims(ordered.values, missing), shape).ravel()
+
+    names = [*scalars, *widest, *beside]
+    columns = [column(result[name]) for name in names]
+    if "bin_low" in names:  # histograms of fewer bins than others are padded
+        there = np.isfinite(columns[names.index("bin_high")])
+        columns = [c[there] for c in columns]
+    return [str(n) for n in names], [[_plain(v) for v in r] for r in zip(*columns, strict=True)]
+
+
+def _with_bin_ends(result: xr.Dataset) -> xr.Dataset:
+    """The edges of a histogram as the two ends of each bin, so that they fit its rows."""
+    if not {"bin", "edge"} <= set(result.dims) or "edges" not in result:
+        return result
+    edges = result["edges"].drop_vars("edge", errors="ignore")
+    low, high = edges.isel(edge=slice(None, -1)), edges.isel(edge=slice(1, None))
+    ends = {"bin_low": low.rename(edge="bin"), "bin_high": high.rename(edge="bin")}
+    return result.drop_vars("edges").assign_coords(ends)
 
 
 def to_csv(result: xr.Dataset | xr.DataTree) -> str:
@@ -91,6 +110,93 @@ def to_csv(result: xr.Dataset | xr.DataTree) -> str:
 def dumps(value: Any) -> str:
     """Strict JSON text."""
     return json.dumps(_plain(value), allow_nan=False, ensure_ascii=False)
+
+
+def save(result: xr.Dataset | xr.DataTree, path: str | os.PathLike[str]) -> Path:
+    """Write a result to disk, to be opened by stock xarray.
+
+    A DataTree's stages become groups. Attributes that the formats cannot hold are written as the
+    nearest that they can: truth values as 0 and 1, NaN and nested values as text; None is left
+    out.
+
+    Parameters
+    ----------
+    result : Dataset or DataTree
+        Computed first if it is lazy.
+    path : str or PathLike
+        Ends in .nc (netCDF 4; a file that exists is replaced) or .zarr (must not exist).
+
+    Returns
+    -------
+    Path
+        What was written.
+    """
+    path = Path(path)
+    if path.suffix not in ENDINGS:
+        raise UnknownNameError("ending of a result's file", path.suffix, ENDINGS)
+    if path.is_dir():
+        raise UsageError(f"{path} exists: remove it, or choose another name")
+    result = compute(result)
+    if isinstance(result, xr.DataTree):
+        nodes = {node.path: _writable(node.to_dataset()) for node in result.subtree}
+        result = xr.DataTree.from_dict(nodes)
+    else:
+        result = _writable(result)
+    # Under another name until it is whole.
+    part = path.with_name(f".{path.stem}.{uuid4().hex}{path.suffix}")
+    try:
+        if path.suffix == ".nc":
+            result.to_netcdf(part, engine="h5netcdf")
+        else:
+            with warnings.catch_warnings():
+                # Consolidated metadata are not in Zarr's specification, but xarray asks for them.
+                warnings.simplefilter("ignore")
+                result.to_zarr(part, consolidated=True)
+        os.replace(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _writable(result: xr.Dataset) -> xr.Dataset:
+    """With values and attributes that netCDF and Zarr both hold."""
+    made = result.copy()
+    for name, variable in result.variables.items():
+        values = variable.values
+        if values.dtype.kind in "OUT":
+            texts = np.array([str(v) for v in values.ravel()], dtype=object)
+            values = texts.reshape(values.shape)
+        elif values.dtype == np.float16:
+            values = values.astype(np.float32)
+        made[name] = (variable.dims, values, _writable_attrs(variable.attrs))
+    made.attrs = _writable_attrs(result.attrs)
+    return made
+
+
+def _writable_attrs(attrs: dict[Any, Any]) -> dict[str, Any]:
+    return {str(k): _writable_attr(v) for k, v in attrs.items() if v is not None}
+
+
+def _writable_attr(value: Any) -> Any:
+    """The value, if both formats hold it; else the nearest that they hold."""
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "iuf":
+        return value if value.size and np.isfinite(value).all() else str(value.tolist())
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, (list, tuple)) and value:
+        if all(isinstance(v, str) for v in value):
+            return list(value)
+        if all(type(v) in (int, float) for v in value):
+            return _writable_attr(np.array(value))
+    return dumps(value)
 
 
 def _variable(variable: xr.DataArray) -> dict[str, Any]:

@@ -253,11 +253,8 @@ class Writer:
     def _check_room(self, resuming: bool) -> None:
         needed, free = self.plan.nbytes, self.storage.free_bytes()
         if resuming:  # counted by blocks, since compressed ones are smaller than planned
-            places = [
-                (p, b) for p in range(len(self.plan.passes)) for b in range(self.plan.n_blocks)
-            ]
-            done = sum(self.storage.exists(journal.record_key(*place)) for place in places)
-            needed -= needed * done // len(places)
+            total = self.plan.n_blocks * len(self.plan.passes)
+            needed -= needed * self.committed() // total
         if needed > free:
             raise WriteError(
                 f"the dump needs {needed / 1e9:,.2f} GB more and {free / 1e9:,.2f} GB are free at "
@@ -271,6 +268,14 @@ class Writer:
         """This rank's run of blocks."""
         n, r, w = self.plan.n_blocks, self.rank, self.world_size
         return range(n * r // w, n * (r + 1) // w)
+
+    def committed(self) -> int:
+        """Blocks with a commit record, by whichever rank, over all passes."""
+        return sum(
+            self.storage.exists(journal.record_key(index, block))
+            for index in range(len(self.plan.passes))
+            for block in range(self.plan.n_blocks)
+        )
 
     def _find_missing(self) -> list[np.ndarray]:
         """For each pass, a mask over blocks: those that this rank still has to write.

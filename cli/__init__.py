@@ -19,6 +19,7 @@ from .bench import add_bench_commands
 from .demo import add_demo_command
 from .dump import add_dump_commands
 from .output import say
+from .plot import add_plot_commands
 from .query import add_query_commands
 from .store import add_store_commands
 
@@ -37,6 +38,7 @@ add_demo_command(app)
 add_dump_commands(app)
 add_store_commands(app)
 add_query_commands(app)
+add_plot_commands(app)
 add_bench_commands(app)
 
 

@@ -98,6 +98,5 @@ def _draw(moments, densities, picture: Path) -> None:  # type: ignore[no-untyped
     left, right = figure.subplots(1, 2)
     plot.histogram(densities, left)
     plot.profile(moments, "std", right)
-    right.set_title("spread by layer")
     figure.suptitle("The demo model over Python's documentation")
     figure.savefig(picture, dpi=150)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from actstore.errors import UsageError
 from actstore.schema import MLP_STAGES
 
 from .output import print_json, print_table, progress, say, size
@@ -303,10 +304,9 @@ def dump(
 
             fill(model, points, writer, report)
     except KeyboardInterrupt:
-        done = sum(int((~m).sum()) for m in writer.missing) if hasattr(writer, "missing") else 0
         say(
-            f"\nstopped: {done} of {made.n_blocks * len(made.passes)} blocks are complete in "
-            f"{asked['out']}. Run the same command again to go on."
+            f"\nstopped: {writer.committed()} of {made.n_blocks * len(made.passes)} blocks are "
+            f"complete in {asked['out']}. Run the same command again to go on."
         )
         raise typer.Exit(1) from None
     _summarise(asked["out"], writer, whole, time.monotonic() - began, as_json)
@@ -324,8 +324,10 @@ def _summarise(out: Path, writer: Any, whole: bool, seconds: float, as_json: boo
                 "seconds": seconds,
             }
         )
-    if whole:
+    if whole and not writer.storage.puts:
         say(f"{out} is complete and every byte of it is right: nothing to do")
+    elif whole:
+        say(f"{out} is mended: every byte of it is right again")
     elif writer.sealed:
         say(
             f"{out}: {made.n_tokens:,} tokens, {size(writer.bytes_written)} written in "
@@ -383,7 +385,15 @@ def _estimate(model: Any, made: Plan) -> float:
 
 
 def _rank(given: int | None, variable: str, default: int) -> int:
-    return given if given is not None else int(os.environ.get(variable, default))
+    if given is not None:
+        return given
+    try:
+        return int(os.environ.get(variable, default))
+    except ValueError:
+        raise UsageError(
+            f"the environment variable {variable} is {os.environ[variable]!r}: a whole number is "
+            f"needed there, or --{variable.lower().replace('_', '-')}"
+        ) from None
 
 
 def _duration(seconds: float) -> str:

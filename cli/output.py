@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,10 +18,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
+from actstore.errors import UnknownNameError, UsageError
 from actstore.wire import dumps
 
-__all__ = ["print_json", "print_table", "progress", "say", "size"]
+__all__ = ["check_out", "print_json", "print_table", "progress", "say", "size"]
 
 console = Console()
 messages = Console(stderr=True, highlight=False)
@@ -35,16 +38,34 @@ def print_json(value: Any) -> None:
     sys.stdout.write(dumps(value) + "\n")
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
-    """A table: drawn on a terminal, tab-separated elsewhere."""
-    if not console.is_terminal:
+def print_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    title: str = "",
+    *,
+    draw: bool | None = None,
+) -> None:
+    """A table: drawn on a terminal or when asked to, tab-separated elsewhere."""
+    if draw is False or (draw is None and not console.is_terminal):
         for row in [header, *rows]:
             sys.stdout.write("\t".join(_cell(v) for v in row) + "\n")
         return
     table = Table(*header, title=title or None, title_justify="left", header_style="bold")
     for row in rows:
-        table.add_row(*(_cell(v) for v in row))
-    console.print(table)
+        table.add_row(*(Text(_cell(v)) for v in row))
+    # Where no terminal sets the width, the table does.
+    wide = console if console.is_terminal else Console(file=sys.stdout, width=10_000)
+    wide.print(table)
+
+
+def check_out(path: Path, endings: Iterable[str]) -> None:
+    """Refuse a file that could not be written, before anything takes long."""
+    if path.suffix not in endings:
+        raise UnknownNameError("file ending", path.suffix, endings)
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.absolute().parent}; make it first")
+    if path.is_dir():
+        raise UsageError(f"{path} exists: remove it, or choose another name")
 
 
 def _cell(value: Any) -> str:
@@ -52,7 +73,8 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.6g}"
-    return str(value)
+    # A token may be a tab or a new line, which would be taken for the table's own.
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
 def size(nbytes: float) -> str:

@@ -627,6 +627,7 @@ def test_objects_are_no_labels_and_noted() -> None:
     [
         ({"text": "a", "position": 1}, "x: the key 'position' is a column .* 'my_position'"),
         ({"text": "a", "a/b": 1}, "x: the key 'a/b' cannot name a column"),
+        ({"text": "a", "zarr.json": 1}, "cannot name a column"),
         ({"text": "a", "": 1}, "cannot name a column"),
         ({"text": "a", "pos": ["D"]}, "x: the label 'pos' is a list.*needs 'input_ids'"),
         ({"input_ids": [1, 2], "pos": ["D"]}, "'pos' has 1 values and 'input_ids' 2"),

@@ -137,7 +137,10 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def reference(warm: Warm, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(warm, text, tmp_path_factory.mktemp("reference") / "book.zarr")
+    folder = tmp_path_factory.mktemp("reference")
+    # The first run on a machine compiles kernels; the times of the second are those of all others.
+    assert warm.start("dump", "demo", text, folder / "first.zarr", *JOB).wait() == 0
+    return Reference(warm, text, folder / "book.zarr")
 
 
 def records(path: Path) -> int:
@@ -216,7 +219,7 @@ def test_killed_at_20_random_moments(
 ) -> None:
     hit = killed_and_rerun(warm, text, reference, tmp_path, kills=20, seed=11)
     assert sum(hit.values()) == 20
-    assert hit["plan"] >= 3 and hit["fill"] >= 5, hit
+    assert hit["plan"] >= 1 and hit["fill"] >= 5, hit
 
 
 @pytest.mark.slow
@@ -230,16 +233,12 @@ def test_killed_at_200_random_moments(
 def operations_to_die_at(reference: Reference, plan: int, fill: int, seal: int) -> list[int]:
     """Moments before or after single writes, syncs and renames, some of each phase."""
     total = len(reference.operations)
-    # Sealing begins after the last record: its operations are those after the last shard's.
-    shard = reference.operations.rfind("tfr")
-    first = reference.operations.find("tfr")
-    if shard < 0:  # no direct I/O here
-        first, shard = total // 4, total * 9 // 10
+    first, last = reference.operations.index("S"), reference.operations.rindex("R")
     rng = random.Random(3)
     return [
         *(rng.randrange(0, 2 * first) for _ in range(plan)),
-        *(rng.randrange(2 * first, 2 * shard) for _ in range(fill)),
-        *(rng.randrange(2 * shard, 2 * total) for _ in range(seal)),
+        *(rng.randrange(2 * first, 2 * last) for _ in range(fill)),
+        *(rng.randrange(2 * last, 2 * total) for _ in range(seal)),
     ]
 
 
@@ -490,6 +489,27 @@ def test_one_rank_after_another_and_one_killed(
     run.kill()
     run.wait()
     run = finish(warm, text, path, "--rank", 0, "--world-size", 2)
+    assert_same_tree(path, reference.tree)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.85])
+def test_a_rank_killed_while_it_seals_leaves_nothing(
+    share: float, warm: Warm, text: Path, reference: Reference, tmp_path: Path
+) -> None:
+    path = tmp_path / "book.zarr"
+    finish(warm, text, path, "--rank", 0, "--world-size", 2)
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(path, copy)
+    operations = finish(warm, text, copy, "--rank", 1, "--world-size", 2).operations
+    assert_same_tree(copy, reference.tree)
+    start = operations.rindex("R") + 2
+    moment = 2 * int(start + share * (len(operations) - start))
+    moment += 2 * operations[moment // 2 :].index("r")  # a temporary file is whole, not renamed
+    options = ["--rank", 1, "--world-size", 2]
+    run = warm.start("dump", "demo", text, path, *JOB, *options, die_at=moment)
+    assert run.wait() == -signal.SIGKILL
+    assert phase(path) == "seal" and list(path.rglob("*.1.partial"))
+    finish(warm, text, path)
     assert_same_tree(path, reference.tree)
 
 

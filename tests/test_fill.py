@@ -37,7 +37,7 @@ LENGTHS = [7, 3, 1, 10, 43, 22, 21, 20, 5, 5, 38, 2, 17, 16, 9, 30, 29, 28, 6, 4
 SEQUENCES = [
     np.random.default_rng(n).integers(0, 64, length).tolist() for n, length in enumerate(LENGTHS)
 ]
-RAGGED = {"batch_tokens": 96, "buffer": "896KiB"}
+RAGGED: dict[str, Any] = {"batch_tokens": 96, "buffer": "896KiB", "sketch": False}
 
 CASES = [
     "gpt2",
@@ -231,7 +231,7 @@ def test_values_equal_plain_hooks(
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "falcon-7b", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "falcon-7b"])
 def test_bfloat16_model_bit_for_bit(name: str, padding_side: str, tmp_path: Path) -> None:
     model = copy.deepcopy(build(name)).to(torch.bfloat16)
     options = {"stages": stages_of(name), "padding_side": padding_side, **RAGGED}
@@ -328,9 +328,8 @@ def test_layers_and_stages_named_twice(tmp_path: Path) -> None:
 
 def test_heads_of_attn_z(tmp_path: Path) -> None:
     model = build("gemma2")  # four heads of 12, wider than the stream of 32
-    store = actstore.dump(
-        model, None, SEQUENCES[:4], tmp_path / "run.zarr", stages=["attn_z", "attn_out"]
-    )
+    stages = ["attn_z", "attn_out"]
+    store = actstore.dump(model, None, SEQUENCES, tmp_path / "run.zarr", stages=stages, **RAGGED)
     assert store["attn_z"]["head"].values.tolist() == np.repeat(range(4), 12).tolist()
     assert "head" not in store["attn_out"].coords
 
@@ -342,7 +341,8 @@ def test_heads_of_attn_z(tmp_path: Path) -> None:
 def test_staging_buffers_give_the_same_bytes(dtype: str | None, tmp_path: Path) -> None:
     model = build("falcon-7b")
     corpus = model_corpus(model, None, SEQUENCES, keep="position != 3")
-    plan, points = plan_model(model, None, corpus, stages=stages_of("falcon-7b"), dtype=dtype)
+    stages = ["hidden", "attn_z", "mlp_out"]
+    plan, points = plan_model(model, None, corpus, stages=stages, dtype=dtype, buffer="256KiB")
     for name, staged in (("direct", False), ("staged", True)):
         with Writer(tmp_path / name, plan) as writer:
             fill(model, points, writer, staged=staged)
@@ -402,7 +402,8 @@ def test_an_interrupted_model_leaves_no_thread(staged: bool, tmp_path: Path) -> 
 
 def test_ranks_write_what_one_process_does(tmp_path: Path) -> None:
     model = build("gpt2")
-    options = {"stages": ["hidden", "mlp_pre"], "passes": 2, "buffer": "128KiB"}
+    options = {"stages": ["hidden", "mlp_pre"], "passes": 2, "buffer": "64KiB"}
+    options["layers"] = "1-3"
     actstore.dump(model, None, SEQUENCES, tmp_path / "one.zarr", **options)
     blocks = planned(model, **options).n_blocks
     assert blocks >= 5
@@ -418,17 +419,18 @@ def test_ranks_write_what_one_process_does(tmp_path: Path) -> None:
 
 def test_a_store_begun_by_ranks_is_finished_by_one(tmp_path: Path) -> None:
     model = build("gpt2")
-    actstore.dump(model, None, SEQUENCES, tmp_path / "one.zarr", **RAGGED)
+    options = {"stages": ["mlp_post"], **RAGGED, "sketch": True, "buffer": "128KiB"}
+    actstore.dump(model, None, SEQUENCES, tmp_path / "one.zarr", **options)
     path = tmp_path / "run.zarr"
-    actstore.dump(model, None, SEQUENCES, path, rank=1, world_size=3, **RAGGED)
-    actstore.dump(model, None, SEQUENCES, path, **RAGGED)
+    actstore.dump(model, None, SEQUENCES, path, rank=1, world_size=3, **options)
+    actstore.dump(model, None, SEQUENCES, path, **options)
     assert_same_tree(path, tmp_path / "one.zarr")
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
 def test_passes_give_the_same_values(passes: int, tmp_path: Path) -> None:
     model = build("gpt2")
-    options = {"stages": ["hidden", "mlp_in", "attn_z"], "batch_tokens": 1, "buffer": "256KiB"}
+    options = {"stages": ["hidden", "mlp_in", "attn_z"], **RAGGED, "batch_tokens": 1}
     forward = []
     handle = model.register_forward_pre_hook(lambda *_: forward.append(1))
     try:
@@ -447,7 +449,15 @@ def test_passes_give_the_same_values(passes: int, tmp_path: Path) -> None:
 def test_the_buffer_changes_blocks_and_not_values(tmp_path: Path) -> None:
     model = build("gpt2")
     stores = [
-        actstore.dump(model, None, SEQUENCES, tmp_path / f"{b}.zarr", buffer=b, batch_tokens=1)
+        actstore.dump(
+            model,
+            None,
+            SEQUENCES,
+            tmp_path / f"{b}.zarr",
+            buffer=b,
+            batch_tokens=1,
+            sketch=False,
+        )
         for b in ("256KiB", "1MiB", "1GiB")
     ]
     sizes = [s.info()["block_tokens"] for s in stores]
@@ -508,7 +518,8 @@ def test_windows_and_the_event_alone(demo: tuple[nn.Module, Any], tmp_path: Path
         "not_beside_digits": "terminal",
         "plain": "one=40",
     }
-    options = {"stages": ["hidden", "mlp_post"], "layers": "0,-1", "batch_tokens": 1}
+    options: dict[str, Any] = {"stages": ["hidden", "mlp_post"], "layers": "0,-1"}
+    options |= {"batch_tokens": 1, "sketch": False}
     whole = actstore.dump(model, tokenizer, [TEXT], tmp_path / "all.zarr", **cut, **options)
     events = actstore.dump(
         model, tokenizer, [TEXT], tmp_path / "events.zarr", keep="offset == 0", **cut, **options
@@ -555,7 +566,8 @@ def test_windows_and_the_event_alone(demo: tuple[nn.Module, Any], tmp_path: Path
 def test_skipping_tokens(demo: tuple[nn.Module, Any], tmp_path: Path) -> None:
     model, tokenizer = demo
     texts = [TEXT[:40], TEXT[30:170], TEXT[90:100]]
-    options = {"stages": ["mlp_out"], "layers": "2", "batch_tokens": 1, "bos": "always"}
+    options: dict[str, Any] = {"stages": ["mlp_out"], "layers": "2", "bos": "always"}
+    options |= {"batch_tokens": 1, "sketch": False}
     every = actstore.dump(model, tokenizer, texts, tmp_path / "all.zarr", **options)
     rows = rows_of(every)
     starts = every.sequences["start"].values
@@ -583,7 +595,8 @@ def test_texts_ids_and_labels(demo: tuple[nn.Module, Any], tmp_path: Path) -> No
     model, tokenizer = demo
     texts = ["Return the absolute value.", "x" * 3, "Return the absolute value."]
     ids = [tokenizer(t)["input_ids"] for t in texts]
-    options = {"stages": ["mlp_post"], "layers": "-1", "batch_tokens": 1}
+    options: dict[str, Any] = {"stages": ["mlp_post"], "layers": "-1"}
+    options |= {"batch_tokens": 1, "sketch": False}
     a = actstore.dump(model, tokenizer, texts, tmp_path / "texts.zarr", **options)
     b = actstore.dump(model, None, ids, tmp_path / "ids.zarr", **options)
     c = actstore.dump(

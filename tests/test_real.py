@@ -220,14 +220,16 @@ def gpt2_places(layer: int) -> dict[tuple[str, int], tuple[str, str]]:
     }
 
 
-def dump_gpt2(model: nn.Module, tokens: int, path: Path, buffer: str, every: int = 1) -> None:
+def dump_gpt2(
+    model: nn.Module, tokens: int, path: Path, buffer: str, every: int = 1, sketch: bool = True
+) -> None:
     rng = np.random.default_rng(0)
     lengths = []
     while sum(lengths) < tokens:
         lengths.append(int(np.clip(rng.lognormal(np.log(200), 0.8), 8, 1024)))
     lengths[-1] -= sum(lengths) - tokens
     sequences = [rng.integers(0, 50257, n).tolist() for n in lengths]
-    options = {"buffer": buffer}
+    options: dict[str, Any] = {"buffer": buffer, "sketch": sketch}
     store = actstore.dump(model, None, sequences, path, **options)
     assert store["mlp_pre"].shape == (12, tokens, 3072)
     plan, _ = plan_model(model, None, model_corpus(model, None, sequences), **options)
@@ -239,7 +241,7 @@ def dump_gpt2(model: nn.Module, tokens: int, path: Path, buffer: str, every: int
 
 
 def test_gpt2_small_with_all_mlp_stages(gpt2: nn.Module, tmp_path: Path) -> None:
-    dump_gpt2(gpt2, 1_200, tmp_path / "run.zarr", "256MiB", every=3)
+    dump_gpt2(gpt2, 1_200, tmp_path / "run.zarr", "256MiB", every=3, sketch=False)
 
 
 @pytest.mark.slow

@@ -196,6 +196,22 @@ def test_partial_reads_equal_numpy(
     assert same_bits(decoded(layout, folder, slice(a, b), slice(p, q)), values[a:b, p:q])
 
 
+@given(layouts(), st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_rows_after_the_last_token_are_nan(
+    folder: Path, geometry: tuple[Layout, int], seed: int
+) -> None:
+    layout, rows = geometry
+    whole = -(-rows // layout.chunk_rows) * layout.chunk_rows
+    data = encoded(layout, any_values(layout, rows, seed))
+    padding = read_bytes(layout, data, folder, whole)[rows:]
+    nan = np.uint16(0x7E00) if layout.dtype == "float16" else np.uint32(0x7FC00000)
+    assert (padding.view(nan.dtype) == nan).all()
+    assert sum(n < 2**63 for n in index_of(layout, data).ravel()) == (
+        2 * whole // layout.chunk_rows * layout.grid[1]
+    )
+
+
 def test_a_partial_read_touches_only_the_chunks_it_needs(tmp_path: Path) -> None:
     layout = Layout(8, 12, 4, 3, "float32", "float32")
     values = any_values(layout, 8, 0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -70,19 +71,19 @@ def _child(request: dict[str, Any], command: Callable[[], Any]) -> None:
 
 
 def _count_operations(die_at: int | None, log: str) -> None:
-    """Log what is done to files, one character each, and die at one of them."""
+    """Log what is done to files, a letter each (S: a shard, R: a record), and die at one."""
     lock, done = threading.Lock(), [0]
     if os.path.exists(log):
         os.unlink(log)
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     plain_write = os.write
 
-    def counted(letter: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def operation(*args: Any, **kwargs: Any) -> Any:
             with lock:
                 number = done[0]
                 done[0] += 1
-                plain_write(fd, letter.encode())
+                plain_write(fd, _letter(name, args).encode())
             if die_at is not None and number == die_at // 2 and die_at % 2 == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             result = function(*args, **kwargs)
@@ -93,7 +94,15 @@ def _count_operations(die_at: int | None, log: str) -> None:
         return operation
 
     for name in ("fdatasync", "fsync", "ftruncate", "rename", "replace", "unlink", "write"):
-        setattr(os, name, counted(name[0], getattr(os, name)))
+        setattr(os, name, counted(name, getattr(os, name)))
+
+
+def _letter(name: str, args: tuple[Any, ...]) -> str:
+    if name == "rename" and "/activation/c." in str(args[1]):
+        return "S"
+    if name == "rename" and re.search(r"/journal/p\d+\.b\d+\.json$", str(args[1])):
+        return "R"
+    return name[0]
 
 
 if __name__ == "__main__":

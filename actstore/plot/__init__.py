@@ -143,8 +143,7 @@ def save(
     path: str | PathLike[str],
     *,
     title: str | None = None,
-    width: float | None = None,
-    height: float | None = None,
+    size: tuple[float, float] | None = None,
     dpi: float = 150,
     **options: Any,
 ) -> Path:
@@ -158,8 +157,8 @@ def save(
         Ends in .png, .svg or .pdf.
     title : str, optional
         As of `draw`.
-    width, height : float, optional
-        In inches; default what the panels need.
+    size : tuple of float, optional
+        Width and height in inches; default what the panels need.
     dpi : float
         Dots per inch.
     **options : object
@@ -179,8 +178,8 @@ def save(
     figure = Figure(layout="constrained")
     figure.fit_panels = True  # type: ignore[attr-defined]
     draw(result, figure, title=title, **options)
-    inches = figure.get_size_inches()
-    figure.set_size_inches(width or inches[0], height or inches[1])
+    if size is not None:
+        figure.set_size_inches(*size)
     date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     with rc_context({"svg.hashsalt": "actstore"}):
         figure.savefig(path, dpi=dpi, metadata=date.get(path.suffix))

@@ -14,6 +14,7 @@ import xarray as xr
 from ..errors import UsageError
 from .style import (
     INK,
+    MOST_IN_LEGEND,
     POINTS,
     Depth,
     Result,
@@ -25,13 +26,17 @@ from .style import (
     heading,
     holding,
     layers_of,
+    legend,
     loaded,
+    named,
     new_axes,
     panels,
+    share_legend,
     stage_colour,
     stage_marker,
     stages_of,
     tick_layers,
+    tick_whole,
     tidy,
     varying,
 )
@@ -53,9 +58,9 @@ __all__ = [
 
 _TRANSFORMS = {
     None: "activation",
-    "center": "activation − mean of the neuron",
-    "scale": "activation, every neuron scaled to the layer's std",
-    "peak": "activation − peak of the neuron",
+    "center": "activation − neuron mean",
+    "scale": "activation − neuron mean, scaled",
+    "peak": "activation − neuron peak, scaled",
 }
 
 
@@ -92,24 +97,29 @@ def histogram(
     parts = [result.isel({along: [i]}) for i in range(result.sizes[along])] if along else [result]
     lines = [_line(part, name) for part in parts]
     own = next(iter(stages_of(result)))
+    keys = list(result[along].values) if along else [own]
+    bar = depth is None and (along == "layer" or (along != "stage" and len(keys) > MOST_IN_LEGEND))
     if along == "neuron":
         _overlay(ax, lines, stage_colour(own) if own else INK)
     else:
-        if along == "layer" and depth is None:
-            depth = Depth(*layers_of({own: result}))
-            colour_bar(depth, [ax])
-        keys = list(result[along].values) if along else [own]
+        if along == "layer":
+            depth = depth or Depth(*layers_of({own: result}))
         colours = _colours(along, keys, depth)
         for key, colour, (edges, values) in zip(keys, colours, lines, strict=True):
             if len(values):
-                ax.stairs(values, edges, color=colour, label=str(key), linewidth=1.3)
-        if along and along != "layer":
-            title = "" if along == "stage" else along
-            columns = 1 if len(keys) <= 6 else 2
-            ax.legend(frameon=False, fontsize=8, ncols=columns, title=title, title_fontsize=8)
+                ax.stairs(values, edges, color=colour, label=named(key), linewidth=1.3)
+        if bar:
+            colour_bar(depth or Depth(range(len(keys)), map(named, keys)), [ax], along)
+        elif along and along != "layer":
+            legend(ax, "" if along == "stage" else along, ncols=1 if len(keys) <= 4 else 2)
     log = along == "neuron" if log is None else log
+    log = log and any((values > 0).any() for _, values in lines)
     ax.set_yscale("log" if log else "linear")
+    if name == "counts" and not log:
+        ax.yaxis.set_major_formatter("{x:,.0f}")
     cut = "" if log else _cut(ax, [values.max(initial=0) for _, values in lines])
+    if not (log or _asked(result, "range") or isinstance(_asked(result, "bins"), list)):
+        _zoom(ax, lines)
     return tidy(ax, heading(result), _values(result), described(result[name]) + cut)
 
 
@@ -146,10 +156,21 @@ def _overlay(ax: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]], colour: s
 
 def _cut(ax: Axes, heights: Sequence[float]) -> str:
     """Start the axis at zero and cut it where a few spikes would flatten all other lines."""
-    usual = 4 * float(np.median(heights))
-    top = max(heights)
-    ax.set_ylim(0, 1.05 * max(h for h in heights if h <= usual) if 0 < usual < top else None)
-    return f"; goes to {top:,.3g}" if 0 < usual < top else ""
+    usual, top = 4 * float(np.median(heights)), max(heights)
+    if not 0 < usual < top:
+        ax.set_ylim(bottom=0)
+        return ""
+    ax.set_ylim(0, 1.05 * max(h for h in heights if h <= usual))
+    return f"\n(goes to {top:,.0f})" if top >= 100 else f"\n(goes to {top:.3g})"
+
+
+def _zoom(ax: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Leave out tails lower than can be seen: the data's own range may be very wide."""
+    least = ax.get_ylim()[1] / 500
+    seen = [edges[:-1][values > least] for edges, values in lines if (values > least).any()]
+    if seen:
+        low, high = min(x.min() for x in seen), max(x.max() for x in seen)
+        ax.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
 def _colours(along: str, keys: Sequence[Any], depth: Depth | None) -> list[Any]:
@@ -160,11 +181,16 @@ def _colours(along: str, keys: Sequence[Any], depth: Depth | None) -> list[Any]:
     return group_colours(len(keys))
 
 
+def _asked(result: xr.Dataset, parameter: str) -> Any:
+    return json.loads(result.attrs.get("parameters", "{}")).get(parameter)
+
+
 def _values(result: xr.Dataset) -> str:
     """The horizontal label; says how many values the bins leave out."""
-    transform = json.loads(result.attrs.get("parameters", "{}")).get("transform")
+    transform = _asked(result, "transform")
     outside = sum(int(result[n].sum()) for n in ("below", "above") if n in result)
-    return _TRANSFORMS[transform] + (f"; {outside:,} values are outside" if outside else "")
+    between = "\n" if transform else "; "
+    return _TRANSFORMS[transform] + (f"{between}{outside:,} outside" if outside else "")
 
 
 def histograms(
@@ -246,7 +272,7 @@ def neuron_panels(
             f"{flag.name} is about {zero.size:,} neurons and the histograms about "
             f"{result.sizes.get('neuron', 0):,}: ask for both with the same neurons="
         )
-    words = ("zeroed", "not zeroed") if flag.name == "zeroed" else ("peak at 0", "peak elsewhere")
+    words = ("zeroed", "not zeroed") if flag.name == "zeroed" else ("peak near 0", "peak elsewhere")
     parts = {
         f"{words[0]}: {zero.sum():,} neurons": result.isel(neuron=zero),
         f"{words[1]}: {(~zero).sum():,} neurons": result.isel(neuron=~zero),
@@ -307,7 +333,7 @@ def neuron_peaks(result: xr.Dataset, peaks: xr.Dataset, ax: Axes | None = None) 
         if len(x):
             ax.hlines(y / 2, own["run_low"].values, own["run_high"].values, colors=colour)
     ax.set_yscale("log")
-    ax.legend(frameon=False, fontsize=8)
+    legend(ax)
     return tidy(ax, heading(result, but=["neuron"]), _values(result), described(result[name]))
 
 
@@ -329,20 +355,25 @@ def peak_positions(result: xr.Dataset, ax: Axes | None = None) -> Axes:
     check_dims(result["position"], "layer", "neuron")
     ax = new_axes(ax)
     layers, names = layers_of(stages_of(result))
-    n = result.sizes.get("neuron", 1)
-    within = np.linspace(-0.4, 0.4, n) if n > 1 else np.zeros(1)
-    x = np.add.outer(layers, within)
+    if len(layers) > 1:
+        n = result.sizes["neuron"]
+        x = np.add.outer(layers, (np.arange(n) + 0.5) / n * 0.8 - 0.4)
+        tick_layers(ax, layers, names)
+    else:
+        x = np.atleast_2d(result["neuron"].values)
+        tick_whole(ax)
     y = result["position"].values.reshape(x.shape)
-    zero = result["centred_on_zero"].values.reshape(x.shape).astype(bool)
-    for chosen, colour, label in ((zero, INK, "at 0"), (~zero, "#d55e00", "elsewhere")):
-        chosen = chosen & np.isfinite(y)
-        label = f"{label}: {chosen.sum():,}"
+    found, zero = np.isfinite(y), result["centred_on_zero"].values.reshape(x.shape).astype(bool)
+    sides = (found & zero, INK, "near 0"), (found & ~zero, "#d55e00", "elsewhere")
+    for chosen, colour, words in sides:
+        label = f"{words}: {chosen.sum():,}"
         ax.scatter(x[chosen], y[chosen], 5, color=colour, label=label, alpha=0.6, **POINTS)
-    tick_layers(ax, layers, names)
-    missing = int((~np.isfinite(y)).sum())
-    title = f"no peak: {missing:,}" if missing else None
-    ax.legend(frameon=False, fontsize=8, markerscale=2, title=title, title_fontsize=8)
-    return tidy(ax, heading(result, but=["layer"]), "layer", described(result["position"]))
+    if not found.all():
+        ax.plot([], [], " ", label=f"none: {(~found).sum():,}")
+    legend(ax, above=True, markerscale=2)
+    several = len(layers) > 1
+    title = heading(result, but=["layer"] if several else [])
+    return tidy(ax, title, "layer" if several else "neuron", described(result["position"]))
 
 
 def quantiles(result: xr.Dataset, ax: Axes | None = None) -> Axes:
@@ -376,13 +407,14 @@ def quantiles(result: xr.Dataset, ax: Axes | None = None) -> Axes:
         x = layers if len(layers) > 1 else [layers[0] - 0.3, layers[0] + 0.3]
         if len(layers) == 1:
             low, high = low.repeat(2), high.repeat(2)
+            ax.set_xlim(layers[0] - 1.2, layers[0] + 1.2)
         alpha = 0.15 + 0.35 * (i + 1) / pairs
         ax.fill_between(x, low, high, color=colour, alpha=alpha, linewidth=0, label=label)
     if len(fractions) % 2:
         ax.plot(layers, values[:, pairs], "o-", color=INK, markersize=3, linewidth=1.2)
         ax.lines[-1].set_label(f"{fractions[pairs]:g}")
     tick_layers(ax, layers, names)
-    ax.legend(frameon=False, fontsize=8)
+    legend(ax)
     return tidy(ax, heading(result, but=["layer"]), "layer", described(result["quantile"]))
 
 
@@ -418,7 +450,7 @@ def profile(result: Result, variable: str, ax: Axes | None = None, *, log: bool 
         check_dims(drawn, *allowed)
         if group in drawn.dims and drawn.sizes[group] > 1:
             keys = drawn[group].values
-            lines = {f"{group} {k}": drawn.sel({group: k}) for k in keys}
+            lines = {f"{group} {named(k)}": drawn.sel({group: k}) for k in keys}
             styles = list(zip(group_colours(len(keys)), "osD^vP*X" * len(keys), strict=False))
         else:
             lines = {stage: drawn}
@@ -429,16 +461,21 @@ def profile(result: Result, variable: str, ax: Axes | None = None, *, log: bool 
             ax.plot(layers, middle, marker=marker, color=colour, label=label, markersize=4)
             if wide and line.dtype != bool:
                 ax.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
-    first = next(iter(parts.values()))[variable]
-    label = described(first)
-    if wide:
-        label = f"share of {wide[0]}s" if first.dtype == bool else label
     tick_layers(ax, *layers_of(parts))
-    if log:
+    drawn_y = np.concatenate([np.asarray(line.get_ydata()) for line in ax.lines])
+    if log and (np.isfinite(drawn_y) & (drawn_y > 0)).any():
         ax.set_yscale("log")
-    if len(ax.get_legend_handles_labels()[1]) > 1 or next(iter(parts)):
-        ax.legend(frameon=False, fontsize=8)
-    return tidy(ax, variable.replace("_", " "), "layer", label)
+    if len(ax.get_legend_handles_labels()[1]) > 1:
+        legend(ax)
+    first = next(iter(parts.values()))
+    about = heading(first, but=["layer"]) if len(parts) == 1 else ""
+    title = ", ".join(filter(None, (about, variable.replace("_", " "))))
+    x, y = "layer", described(first[variable])
+    if wide and first[variable].dtype == bool:
+        y = f"share of {wide[0]}s"
+    elif wide:
+        x = f"layer; median and middle half of {wide[0]}s"
+    return tidy(ax, title, x, y)
 
 
 def _middle(line: xr.DataArray, wide: Sequence[str], layers: int) -> np.ndarray:
@@ -483,7 +520,6 @@ def profiles(
         for row, variable in zip(axes, variables, strict=True):
             for ax, part in zip(row, parts.values(), strict=True):
                 profile(part, variable, ax, log=log)
-                tidy(ax, ", ".join((heading(part, but=["layer"]), variable.replace("_", " "))))
     else:
         columns = min(3, len(variables))
         axes = panels(figure, -(-len(variables) // columns), columns, (3.2, 2.3))
@@ -491,17 +527,5 @@ def profiles(
             profile(result, variable, ax, log=log)
         for ax in axes.flat[len(variables) :]:
             ax.set_axis_off()
-    _share_legend(axes)
+    share_legend(axes)
     return axes
-
-
-def _share_legend(axes: np.ndarray) -> None:
-    """One legend beside the panels in place of the same one in each."""
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    for ax in axes.flat:
-        if ax.get_legend() is not None:
-            ax.get_legend().remove()
-    if len(labels) > 1:
-        axes.flat[0].figure.legend(
-            handles, labels, loc="outside right upper", frameon=False, fontsize=8
-        )

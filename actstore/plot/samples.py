@@ -21,12 +21,16 @@ from .style import (
     heading,
     holding,
     layers_of,
+    legend,
     literally,
     loaded,
+    named,
     new_axes,
     panels,
+    share_legend,
     stage_colour,
     stages_of,
+    tick_whole,
     tidy,
 )
 
@@ -101,11 +105,16 @@ def scatter(
     token, neuron = np.indices(values.shape)
     neuron = data["neuron"].values[neuron]
     x, colour = (neuron, token) if along == "neuron" else (token, neuron)
-    ax.scatter(x.ravel(), values.ravel(), c=colour.ravel(), s=7, alpha=0.4, cmap="plasma", **POINTS)
+    # In no order: else the last colour would cover the others.
+    mixed = np.random.default_rng(0).permutation(values.size)
+    x, y, colour = (a.ravel()[mixed] for a in (x, values, colour))
+    size = 7 if len(y) < 10_000 else 3
+    ax.scatter(x, y, size, c=colour, alpha=0.4, cmap="plasma", **POINTS)
+    tick_whole(ax)
     some = f" ({len(values):,} of {len(present):,})" if step > 1 else ""
     words = ("neuron", f"a colour for each token{some}")
     if along == "token":
-        words = (f"token{some}", "a colour for each neuron")
+        words = (f"token, in order{some}", "a colour for each neuron")
     about = data.to_dataset(name="activation")
     title = ", ".join(filter(None, (heading(about, but=["neuron"]), words[1])))
     return tidy(ax, title, words[0], "activation")
@@ -165,7 +174,7 @@ def pair_plot(result: xr.Dataset, figure: Figure | SubFigure | None = None) -> n
     values = values[:, np.isfinite(values).all(axis=0)]
     colour = stage_colour(stage) if stage else INK
     n = len(layers)
-    axes = panels(figure, n, n, (1.5, 1.5), sharex="col")
+    axes = panels(figure, n, n, (1.5, 1.5), MOST_PAIRED**2, sharex="col")
     names = [
         name if name != str(k) else f"layer {k}" for k, name in zip(layers, names, strict=True)
     ]
@@ -216,7 +225,8 @@ def conditions(result: xr.Dataset, ax: Axes | None = None) -> Axes:
         ax.scatter(neurons, y, s=9, marker=marker, color=colour, alpha=0.6, label=key, **POINTS)
     if not single:
         by = str(result.attrs.get("by", ""))
-        ax.legend(frameon=False, fontsize=8, markerscale=1.6, title=by, title_fontsize=8)
+        legend(ax, by, markerscale=1.6)
+    tick_whole(ax)
     return tidy(ax, heading(result, but=["neuron"]), "neuron", "mean activation")
 
 
@@ -251,7 +261,7 @@ def condition_scatter(result: xr.Dataset, ax: Axes | None = None) -> Axes:
     there = np.isfinite(x) & np.isfinite(y)
     r = _correlation(x[there], y[there])
     title = ", ".join(filter(None, (heading(result, but=["neuron"]), f"r = {r:.3f}")))
-    return tidy(ax, title, f"mean activation, {by} {first}", f"mean activation, {by} {second}")
+    return tidy(ax, title, f"mean activation, {by} {first}", f"mean activation,\n{by} {second}")
 
 
 def _condition_means(result: xr.Dataset) -> dict[str, np.ndarray]:
@@ -262,7 +272,7 @@ def _condition_means(result: xr.Dataset) -> dict[str, np.ndarray]:
     if by not in drawn.dims:
         return {"": drawn.values.ravel()}
     values = drawn.transpose(by, ...).values.reshape(drawn.sizes[by], -1)
-    return dict(zip(map(str, drawn[by].values), values, strict=True))
+    return dict(zip(map(named, drawn[by].values), values, strict=True))
 
 
 def means(result: Result, figure: Figure | SubFigure | None = None) -> np.ndarray:
@@ -293,7 +303,9 @@ def means(result: Result, figure: Figure | SubFigure | None = None) -> np.ndarra
         conditions(part, axes[0, 0])
         condition_scatter(part, axes[0, 1])
         return axes
-    return facets(draw, result, figure, (3.2, 3.0) if two else (3.6, 2.4), [by])
+    axes = facets(draw, result, figure, (3.2, 3.0) if two else (3.6, 2.4), [by])
+    share_legend(axes)
+    return axes
 
 
 def top_tokens(result: xr.Dataset, ax: Axes | None = None) -> Axes:
@@ -331,7 +343,7 @@ def top_tokens(result: xr.Dataset, ax: Axes | None = None) -> Axes:
     ax.set_yticks(rank, names)
     for label in ax.get_yticklabels():
         literally(label)
-    ax.invert_yaxis()
+    ax.set_ylim(len(value) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     return tidy(ax, heading(result), described(result["value"]))
 

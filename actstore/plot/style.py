@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product, zip_longest
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INK",
+    "MOST_IN_LEGEND",
     "MOST_PANELS",
     "POINTS",
     "STAGE_STYLE",
@@ -33,14 +35,18 @@ __all__ = [
     "heading",
     "holding",
     "layers_of",
+    "legend",
     "literally",
     "loaded",
+    "named",
     "new_axes",
     "panels",
+    "share_legend",
     "stage_colour",
     "stage_marker",
     "stages_of",
     "tick_layers",
+    "tick_whole",
     "tidy",
     "varying",
 ]
@@ -58,14 +64,14 @@ POINTS: dict[str, Any] = {"linewidths": 0, "rasterized": True}
 
 _GREY = "#b8bec9"
 
-# Ten colours that stay apart under the common kinds of colour blindness (Petroff, 2021). The four
-# MLP stages, oftenest drawn together, have four that are far apart and dark enough for lines.
+# Colours that stay apart under every kind of colour blindness: Petroff's ten (2021), but for one
+# too light for lines. Markers say the same again.
 STAGE_STYLE = {
     "hidden": ("#717581", "o"),
     "resid_pre": ("#b9ac70", "v"),
-    "resid_mid": ("#a96b59", "^"),
+    "resid_mid": ("#1a1a40", "^"),
     "resid_post": ("#94a4a2", "<"),
-    "attn_z": ("#92dadd", ">"),
+    "attn_z": ("#a96b59", ">"),
     "attn_out": ("#e76300", "P"),
     "mlp_in": ("#3f90da", "o"),
     "mlp_pre": ("#ffa90e", "s"),
@@ -74,8 +80,11 @@ STAGE_STYLE = {
 }
 """Colour and marker of every stage of the schema."""
 
-# Okabe and Ito's colours, their yellow darkened for lines on white.
-_GROUPS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#a89000")
+# Okabe and Ito's colours, a brown in place of the yellow that cannot be seen on white.
+_GROUPS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#593109")
+
+MOST_IN_LEGEND = len(_GROUPS)
+"""Groups that are told apart by colours of their own; more run from dark to light, as layers."""
 
 
 def stage_colour(stage: str) -> str:
@@ -95,7 +104,7 @@ def _style(stage: str) -> tuple[str, str]:
 
 def group_colours(n: int) -> list[Any]:
     """Colours for the values of a label, or for heads."""
-    return list(_GROUPS[:n]) if n <= len(_GROUPS) else list(Depth(range(n)).colours)
+    return list(_GROUPS[:n]) if n <= MOST_IN_LEGEND else list(Depth(range(n)).colours)
 
 
 class Depth:
@@ -121,7 +130,7 @@ class Depth:
 
 
 def colour_bar(depth: Depth, axes: Sequence[Axes], label: str = "layer") -> None:
-    """A bar beside some panels with one step of colour for each layer."""
+    """A bar beside some panels, with one step of colour for each layer."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
@@ -144,6 +153,13 @@ def tick_layers(ax: Axes, layers: Sequence[int], names: Sequence[str]) -> None:
     ax.set_xticks(layers[::every], names[::every])
 
 
+def tick_whole(ax: Axes) -> None:
+    """Horizontal ticks at whole numbers only: there is no neuron 2.5."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+
+
 def _stride(n: int) -> int:
     return max(1, -(-n // 13))
 
@@ -152,13 +168,39 @@ def tidy(ax: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
     """Title, labels and spines in the style of all pictures."""
     if title:
         literally(ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK))
-    for axis, label in ((ax.xaxis, x), (ax.yaxis, y)):
+    for axis, label, width in ((ax.xaxis, x, 42), (ax.yaxis, y, 28)):
         if label:
+            label = "\n".join(textwrap.fill(line, width) for line in label.split("\n"))
             literally(axis.set_label_text(label, fontsize=9, color=INK))
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(_GREY)
     ax.tick_params(which="both", labelsize=8, color=_GREY, labelcolor=INK)
     return ax
+
+
+def legend(ax: Axes, title: str = "", *, above: bool = False, **options: Any) -> None:
+    """A legend in the style of all pictures; above the Axes where it would cover points."""
+    if above:
+        options |= {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
+        options |= {"ncols": 3, "handletextpad": 0, "columnspacing": 1}
+    made = ax.legend(
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        title=title or None,
+        title_fontproperties={"size": 8},
+        **options,
+    )
+    for text in made.get_texts():
+        literally(text)
+
+
+def named(value: Any) -> str:
+    """A label's value for people: short, and never empty or hidden, as matplotlib makes `_x`."""
+    text = str(value)
+    if not text or text.startswith("_"):
+        text = repr(text)
+    return text if len(text) <= 28 else f"{text[:27]}…"
 
 
 def literally(text: Any) -> Any:
@@ -181,6 +223,7 @@ def panels(
     rows: int,
     columns: int,
     size: tuple[float, float] = (3.6, 2.7),
+    most: int = MOST_PANELS,
     **options: Any,
 ) -> np.ndarray:
     """A grid of Axes in a figure, or in a new one that is as large as they need.
@@ -192,6 +235,8 @@ def panels(
     rows, columns : int
     size : tuple of float
         Of one panel, in inches.
+    most : int
+        Panels that can be read.
     **options : object
         For `Figure.subplots`.
 
@@ -199,9 +244,9 @@ def panels(
     -------
     ndarray of Axes (rows, columns)
     """
-    if rows * columns > MOST_PANELS:
+    if rows * columns > most:
         raise UsageError(
-            f"{rows * columns} panels do not fit a picture: ask for at most {MOST_PANELS}, with "
+            f"{rows * columns} panels do not fit a picture: ask for at most {most}, with "
             "stages= and layers= (--stages mlp_post --layers 0,3-5), or fewer groups"
         )
     inches = columns * size[0] + 0.6, rows * size[1] + 0.4  # colour bar and heading
@@ -267,6 +312,25 @@ def _cell(part: xr.Dataset, dims: Sequence[str], key: Sequence[Any]) -> xr.Datas
     if any(k not in part[d].values for d, k in zip(dims, key, strict=True)):
         return None
     return part.sel({d: [k] for d, k in zip(dims, key, strict=True)})
+
+
+def share_legend(axes: np.ndarray) -> None:
+    """One legend beside the panels in place of the same one in each."""
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    for ax in axes.flat:
+        if ax.get_legend() is not None:
+            ax.get_legend().remove()
+    if len(labels) > 1:
+        made = axes.flat[0].figure.legend(
+            handles,
+            labels,
+            loc="outside right upper",
+            frameon=False,
+            fontsize=8,
+            labelcolor=INK,
+        )
+        for text in made.get_texts():
+            literally(text)
 
 
 def stages_of(result: Result) -> dict[str, xr.Dataset]:
@@ -370,7 +434,7 @@ def heading(part: xr.Dataset, but: Iterable[str] = ()) -> str:
             shown = layer_name(words[0] if words else "", int(value))
             words.append(shown if shown != str(value) else f"layer {value}")
         else:
-            words.append(f"{name} {value}")
+            words.append(f"{name} {named(value)}")
     return ", ".join(words)
 
 
@@ -378,4 +442,4 @@ def described(variable: xr.DataArray) -> str:
     """An axis label: long name and units."""
     name = str(variable.attrs.get("long_name", variable.name))
     units = variable.attrs.get("units", "1")
-    return name if units == "1" else f"{name} ({units})"
+    return name if units in ("1", name) else f"{name} ({units})"

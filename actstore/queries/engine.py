@@ -23,12 +23,15 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
 from ..stats.streaming import State, Statistic
+from ..store import ShardedArray
 from .selection import Selection, Source
 from .shortcut import SketchedLayer, from_sketch
 
 __all__ = ["Output", "Pass", "share_reads", "stream"]
 
 LANES_PER_LAYER = 8
+PIECE_NBYTES = 4 * 2**20
+MAX_GAPS = 4
 
 Results = dict[str, Any]
 
@@ -103,37 +106,62 @@ class Lane:
     codes: np.ndarray | None
     n_groups: int
 
-    def blocks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yield (group, values (token, neuron), token numbers) of each block, none empty."""
+    def blocks(self, *, in_pieces: bool) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Yield (group, values (token, neuron), token numbers) of each block, none empty.
+
+        In pieces: some of the neurons at a time, which stay in the cache, and runs of tokens
+        without the gaps between, which need not be copied together.
+        """
         start = self.bounds[0]
-        columns = self.neurons if isinstance(self.neurons, slice) else _hull(self.neurons)
         for a, b in pairwise(self.bounds):
-            here = slice(a - start, b - start)
-            rows = np.arange(b - a) if self.mask is None else np.flatnonzero(self.mask[here])
+            rows = a + (
+                np.arange(b - a)
+                if self.mask is None
+                else np.flatnonzero(self.mask[a - start : b - start])
+            )
             if not len(rows):
                 continue
-            first, last = a + rows[0], a + rows[-1] + 1
-            values = self.array[self.layer_index, first:last, columns]
-            if not isinstance(values, np.ndarray):
-                values = values.compute(scheduler="synchronous")
-            if not isinstance(self.neurons, slice):
-                values = values[:, self.neurons - columns.start]
-            if len(rows) < len(values):
-                values = values[rows - rows[0]]
-            if self.codes is None:
-                yield 0, values, a + rows
+            parts = list(self._parts(rows, in_pieces))
+            for columns in self._columns(b - a) if in_pieces else [self.neurons]:
+                values = self._read(slice(rows[0], rows[-1] + 1), columns)
+                for group, part in parts:
+                    yield group, _rows(values, part - rows[0]), part
                 del values  # before the next is read, so that its memory is used again
-                continue
-            codes = self.codes[here][rows]
+
+    def _parts(self, tokens: np.ndarray, in_pieces: bool) -> Iterator[tuple[int, np.ndarray]]:
+        """Tokens by group, or cut at their gaps, if those are few."""
+        if self.codes is not None:
+            codes = self.codes[tokens - self.bounds[0]]
             for group in np.unique(codes):
-                chosen = codes == group
-                yield int(group), values[chosen], a + rows[chosen]
+                yield int(group), tokens[codes == group]
+            return
+        gaps = np.flatnonzero(np.diff(tokens) > 1) + 1
+        for part in np.split(tokens, gaps) if in_pieces and len(gaps) < MAX_GAPS else [tokens]:
+            yield 0, part
+
+    def _columns(self, rows: int) -> list[slice | np.ndarray]:
+        """The neurons in runs of whole inner chunks."""
+        if not (isinstance(self.neurons, slice) and isinstance(self.array, ShardedArray)):
+            return [self.neurons]
+        unit = self.array.layout.chunk_width
+        fit = PIECE_NBYTES // (rows * self.array.dtype.itemsize * unit)
+        step = max(1, fit) * unit
+        return [slice(j, j + step) for j in range(0, self.neurons.stop, step)]
+
+    def _read(self, tokens: slice, columns: slice | np.ndarray) -> np.ndarray:
+        hull = columns if isinstance(columns, slice) else _hull(columns)
+        values = self.array[self.layer_index, tokens, hull]
+        if not isinstance(values, np.ndarray):
+            values = values.compute(scheduler="synchronous")
+        return values if isinstance(columns, slice) else values[:, columns - hull.start]
 
 
 def run_lane(lane: Lane, *statistics: Sequence[Statistic]) -> list[list[State | None]]:
     """States of several statistics, each one a group: [statistic][group], None without tokens."""
     states: list[list[State | None]] = [[None] * lane.n_groups for _ in statistics]
-    for group, values, tokens in lane.blocks():
+    every = [s for by_group in statistics for s in by_group if s is not None]
+    in_pieces = all(getattr(s, "pooled", False) for s in every)
+    for group, values, tokens in lane.blocks(in_pieces=in_pieces):
         for own, by_group in zip(states, statistics, strict=True):
             statistic, old = by_group[group], own[group]
             new = statistic.chunk(values, tokens)
@@ -186,7 +214,8 @@ def stream(
     Returns
     -------
     dict of str to Dataset
-        For each stage, dims (layer, [group,] ...).
+        For each stage, dims (layer, [group,] ...); the attribute ``passes`` says how often its
+        data are read.
     """
     results = {}
     for source in selection.sources:
@@ -209,9 +238,8 @@ def stream(
         if source.heads is not None and any("head" in o.dims for o in declared.values()):
             coords["head"] = np.unique(source.heads[neurons])
         known = source.sketched is not None and selection.strata is not None
-        at_once = known and all(step.sketch for step in made)
-        answered = {"source": "sketch" if at_once else "scan"}
-        results[source.stage] = xr.Dataset(variables, coords, answered)
+        scans = sum(not (known and step.sketch) for step in made)
+        results[source.stage] = xr.Dataset(variables, coords, {"passes": scans})
     return results
 
 
@@ -327,6 +355,13 @@ def _nothing(output: Output) -> np.ndarray:
     if blank is None:
         blank = np.nan if np.dtype(output.dtype).kind == "f" else 0
     return np.full(output.shape, blank, output.dtype)
+
+
+def _rows(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Some rows, ascending; without a copy where none lies between."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return values[rows[0] : rows[-1] + 1]
+    return values[rows]
 
 
 def _hull(neurons: np.ndarray) -> slice:

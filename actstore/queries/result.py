@@ -24,22 +24,20 @@ def assemble(
     selection: Selection,
     stages: Mapping[str, xr.Dataset],
     parameters: Mapping[str, Any],
-    extra: Mapping[str, Any] | None = None,
 ) -> Result:
     """Join the stages of a result.
 
     One stage gives its dataset; several a ``stage`` dim, layers that a stage lacks being NaN; and
     where stages differ in width and results are per neuron, a DataTree with a group for each.
     """
+    passes = max(d.attrs["passes"] for d in stages.values())
     attrs = {
         "query": name,
         "parameters": json.dumps(_plain(parameters), sort_keys=True),
         "compat": parameters.get("compat", "textbook"),
         **selection.attrs,
-        **(extra or {}),
-        "source": "sketch"
-        if all(d.attrs["source"] == "sketch" for d in stages.values())
-        else "scan",
+        "source": "scan" if passes else "sketch",
+        "passes": passes,
     }
     if len(stages) == 1:
         ((stage, only),) = stages.items()

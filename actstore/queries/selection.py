@@ -314,7 +314,8 @@ class _ArrayFrame:
         own = [str(c) for c, v in self._array.coords.items() if v.dims == ("token",)]
         if name not in own:
             raise UnknownNameError("column", name, own)
-        values = self._array.coords[name].values
+        # Labels are read when a query is built, as a store's are; never activations.
+        values = self._array.coords[name].compute(scheduler="synchronous").values
         if values.dtype.kind in "OUT":
             return Categorical.of([str(v) for v in values])
         return values

@@ -227,9 +227,9 @@ def quantiles(
     Returns
     -------
     Dataset
-        quantile (layer, [neuron or head,] q). NaN where a value is NaN. The attribute ``passes``
-        says how often the data are read: quantiles are found digit by digit, in memory that does
-        not grow with the data.
+        quantile (layer, [neuron or head,] q); NaN where a value is NaN. Quantiles are found digit
+        by digit, in memory that does not grow with the data; the attribute ``passes`` says how
+        often the data are read for that.
 
     Examples
     --------
@@ -242,13 +242,10 @@ def quantiles(
     check("per", per, PER)
     fractions = _fractions(q)
 
-    def search(source: Source, chosen: np.ndarray) -> Quantiles:
-        return quantile_search(
-            source, groups_of(source, chosen, per), fractions, selection.attrs["tokens_used"]
-        )
-
     def passes(source: Source, chosen: np.ndarray) -> list[Pass]:
-        return quantile_passes(search(source, chosen), len(chosen) == source.width)
+        groups = groups_of(source, chosen, per)
+        search = quantile_search(source, groups, fractions, selection.attrs["tokens_used"])
+        return quantile_passes(search, len(chosen) == source.width)
 
     def outputs(source: Source, chosen: np.ndarray) -> dict[str, Output]:
         dims, shape = row_dims(source, chosen, per)
@@ -259,9 +256,7 @@ def quantiles(
         stage: d.assign_coords(q=("q", np.array(fractions), {"long_name": "fraction of values"}))
         for stage, d in stream(selection, passes, outputs).items()
     }
-    searches = [search(s, selection.neurons[s.stage]) for s in selection.sources]
-    extra = {"passes": max(s.passes for s in searches)}
-    return assemble("quantiles", selection, results, {"q": q, "per": per}, extra)
+    return assemble("quantiles", selection, results, {"q": q, "per": per})
 
 
 def quantile_search(

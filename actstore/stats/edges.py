@@ -27,6 +27,10 @@ class Extremes:
 
     groups: np.ndarray
 
+    @property
+    def pooled(self) -> bool:
+        return not self.groups.any()
+
     def chunk(self, values_tn: np.ndarray, tokens_t: np.ndarray | None = None) -> State:
         low, high = values_tn.min(axis=0), values_tn.max(axis=0)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
@@ -34,17 +38,17 @@ class Extremes:
             some = finite.any(axis=0)
             low = np.where(some, values_tn.min(axis=0, initial=np.inf, where=finite), np.nan)
             high = np.where(some, values_tn.max(axis=0, initial=-np.inf, where=finite), np.nan)
-        return {"min": low, "max": high}
+        return pool_extremes(low, high, self.groups[: len(low)])
 
     def combine(self, a: State, b: State) -> State:
         return {"min": np.fmin(a["min"], b["min"]), "max": np.fmax(a["max"], b["max"])}
 
     def from_sketch(self, layer: LayerSketch) -> State:
         moments = layer.moments()
-        return {"min": moments["min"], "max": moments["max"]}
+        return pool_extremes(moments["min"], moments["max"], self.groups)
 
     def finalize(self, state: State) -> dict[str, Any]:
-        return pool_extremes(state["min"], state["max"], self.groups)
+        return dict(state)
 
 
 def pool_extremes(low: np.ndarray, high: np.ndarray, groups: np.ndarray) -> State:

@@ -47,6 +47,10 @@ class Histogram:
     def bins(self) -> Bins:
         return Bins.of(self.edges, self.groups)
 
+    @property
+    def pooled(self) -> bool:
+        return self.transform is None and self.bins.groups is None
+
     def chunk(self, values_tn: np.ndarray, tokens_t: np.ndarray | None = None) -> State:
         if self.transform is not None:
             values_tn = self.transform(values_tn)
@@ -215,7 +219,10 @@ def _search(v, bounds, start, size):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _count_all(x, table, bounds, size, first, scale, slack, even):  # type: ignore[no-untyped-def]
-    """All values into one row. Guesses go by runs, so that they are made many at a time."""
+    """All values into one row. Guesses go by runs, so that they are made many at a time.
+
+    Unsigned indices spare numba the question whether they count from the end.
+    """
     nan = len(table) - 1
     slots = np.empty(_RUN, np.int32)
     for begin in range(0, len(x), _RUN):
@@ -233,18 +240,18 @@ def _count_all(x, table, bounds, size, first, scale, slack, even):  # type: igno
             while n > 1:  # a step of the search for the whole run at once
                 half = np.int32(n // 2)
                 for j in range(len(run)):
-                    slots[j] += half * np.int32(np.float64(run[j]) >= bounds[slots[j] + half])
+                    end = bounds[np.uint32(slots[j] + half)]
+                    slots[j] += half * np.int32(np.float64(run[j]) >= end)
                 n -= half
             for j in range(len(run)):
                 slots[j] = slots[j] if run[j] == run[j] else nan
         elif near:
             for j in range(len(run)):
-                v = np.float64(run[j])
-                k = slots[j]
-                k += np.int32(v >= bounds[k + 1]) - np.int32(v < bounds[k])
-                slots[j] = k if v == v else nan
+                v, k = np.float64(run[j]), np.uint32(slots[j])
+                off = np.int32(v >= bounds[k + np.uint32(1)]) - np.int32(v < bounds[k])
+                slots[j] = slots[j] + off if v == v else nan
         for j in range(len(run)):
-            table[slots[j]] += 1
+            table[np.uint32(slots[j])] += 1
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -276,7 +283,8 @@ def _count_columns(x, table, groups, bounds, sizes, firsts, scales, slacks, even
                 for j in range(columns):
                     v, s = np.float64(run[j]), start[j]
                     k = slots[j] if even[j] else _search(v, edges, s, size[j])
-                    k += np.int32(v >= edges[s + k + 1]) - np.int32(v < edges[s + k])
+                    at = np.uint64(s + k)
+                    k += np.int32(v >= edges[at + np.uint64(1)]) - np.int32(v < edges[at])
                     slots[j] = k if v == v else stride - 1
             for j in range(columns):
-                counts[start[j] + slots[j]] += 1
+                counts[np.uint64(start[j] + slots[j])] += 1

@@ -11,7 +11,7 @@ from .streaming import LayerSketch, State
 
 __all__ = ["MOMENT_NAMES", "Moments", "merge_moments", "moments_of"]
 
-_TILE_ROWS = 128
+_TILE_ROWS = 256
 _TILE_COLUMNS = 256
 MOMENT_NAMES = ("count", "mean", "m2", "m3", "m4", "min", "max", "zeros", "positives")
 
@@ -23,25 +23,32 @@ class Moments:
     Parameters
     ----------
     groups : ndarray of int (neuron,), optional
-        Group of each neuron, whose values are pooled at the end: all one for a layer, heads for
-        heads. Default: every neuron by itself.
+        Group of each neuron, whose values are pooled: all 0 for a layer, heads for heads.
+        Default: every neuron by itself.
     """
 
     groups: np.ndarray | None = None
 
+    @property
+    def pooled(self) -> bool:
+        return self.groups is not None and not self.groups.any()
+
     def chunk(self, values_tn: np.ndarray, tokens_t: np.ndarray | None = None) -> State:
-        return moments_of(values_tn)
+        if self.pooled:
+            return moments_of_all(values_tn)
+        return self._pooled(moments_of(values_tn))
 
     def combine(self, a: State, b: State) -> State:
         return merge_moments(a, b)
 
     def from_sketch(self, layer: LayerSketch) -> State:
-        return layer.moments()
+        return self._pooled(layer.moments())
 
     def finalize(self, state: State) -> dict[str, np.ndarray]:
-        if self.groups is None:
-            return describe(state)
-        return describe(pool(state, self.groups))
+        return describe(state)
+
+    def _pooled(self, state: State) -> State:
+        return state if self.groups is None else pool(state, self.groups)
 
 
 def moments_of(values_tn: np.ndarray) -> State:
@@ -60,7 +67,7 @@ def moments_of(values_tn: np.ndarray) -> State:
 
     Notes
     -----
-    Tiles of 128 rows are summed in float32 about the tile's own mean, which loses nothing to a
+    Tiles of 256 rows are summed in float32 about the tile's own mean, which loses nothing to a
     large common offset, then merged in float64.
 
     Examples
@@ -69,13 +76,32 @@ def moments_of(values_tn: np.ndarray) -> State:
     >>> state["mean"], state["m2"]
     (array([2.]), array([2.]))
     """
-    values = np.ascontiguousarray(values_tn, np.float32)
-    sums = _moments(values)
+    return _named(_moments(np.ascontiguousarray(values_tn, np.float32)))
+
+
+def moments_of_all(values_tn: np.ndarray) -> State:
+    """Moments of all values together, as `moments_of` of one column, but as fast.
+
+    Examples
+    --------
+    >>> moments_of_all(np.array([[1.0, 2.0], [3.0, 6.0]], "float32"))["mean"]
+    array([3.])
+    """
+    flat = np.ascontiguousarray(values_tn, np.float32).reshape(-1)
+    whole = len(flat) // _TILE_COLUMNS * _TILE_COLUMNS
+    columns = _moments(flat[:whole].reshape(-1, _TILE_COLUMNS))
+    if whole < len(flat):
+        columns = np.append(columns, _moments(flat[whole:, np.newaxis]), axis=1)
+    return _named(_merge_columns(columns))
+
+
+def _named(sums: np.ndarray) -> State:
     return dict(zip(MOMENT_NAMES, sums, strict=True))
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 def _moments(x):  # type: ignore[no-untyped-def]
+    """Four rows at a time, each as an array of its own: so the sums are loaded and stored less."""
     tokens, width = x.shape
     out = np.zeros((9, width))
     out[5:7] = np.nan
@@ -85,34 +111,60 @@ def _moments(x):  # type: ignore[no-untyped-def]
     signs = np.empty((2, _TILE_COLUMNS), np.int32)
     for left in range(0, width, _TILE_COLUMNS):
         columns = min(_TILE_COLUMNS, width - left)
+        right = left + columns
         for top in range(0, tokens, _TILE_ROWS):
             bottom = min(tokens, top + _TILE_ROWS)
             n = bottom - top
+            fours = top + n // 4 * 4
             shift[:] = 0
             a[:] = 0
             signs[:] = 0
             for j in range(columns):
                 ends[0, j] = x[top, left + j]
                 ends[1, j] = x[top, left + j]
-            for i in range(top, bottom):
-                row = x[i, left : left + columns]
+            for i in range(top, fours, 4):
+                p, q = x[i, left:right], x[i + 1, left:right]
+                r, s = x[i + 2, left:right], x[i + 3, left:right]
                 for j in range(columns):
-                    shift[j] += row[j]
+                    shift[j] += (p[j] + q[j]) + (r[j] + s[j])
+            for i in range(fours, bottom):
+                p = x[i, left:right]
+                for j in range(columns):
+                    shift[j] += p[j]
             for j in range(columns):
                 shift[j] /= np.float32(n)
-            for i in range(top, bottom):
-                row = x[i, left : left + columns]
+            for i in range(top, fours, 4):
+                p, q = x[i, left:right], x[i + 1, left:right]
+                r, s = x[i + 2, left:right], x[i + 3, left:right]
                 for j in range(columns):
-                    d = row[j] - shift[j]
+                    t, u, v, w = p[j], q[j], r[j], s[j]
+                    d, e, f, g = t - shift[j], u - shift[j], v - shift[j], w - shift[j]
+                    dd, ee, ff, gg = d * d, e * e, f * f, g * g
+                    a[0, j] += (d + e) + (f + g)
+                    a[1, j] += (dd + ee) + (ff + gg)
+                    a[2, j] += (dd * d + ee * e) + (ff * f + gg * g)
+                    a[3, j] += (dd * dd + ee * ee) + (ff * ff + gg * gg)
+                    ends[0, j] = min(ends[0, j], min(min(t, u), min(v, w)))
+                    ends[1, j] = max(ends[1, j], max(max(t, u), max(v, w)))
+                    signs[0, j] += (
+                        np.int32(t == 0) + np.int32(u == 0) + np.int32(v == 0) + np.int32(w == 0)
+                    )
+                    signs[1, j] += (
+                        np.int32(t > 0) + np.int32(u > 0) + np.int32(v > 0) + np.int32(w > 0)
+                    )
+            for i in range(fours, bottom):
+                p = x[i, left:right]
+                for j in range(columns):
+                    d = p[j] - shift[j]
                     dd = d * d
                     a[0, j] += d
                     a[1, j] += dd
                     a[2, j] += dd * d
                     a[3, j] += dd * dd
-                    ends[0, j] = min(ends[0, j], row[j])
-                    ends[1, j] = max(ends[1, j], row[j])
-                    signs[0, j] += row[j] == 0
-                    signs[1, j] += row[j] > 0
+                    ends[0, j] = min(ends[0, j], p[j])
+                    ends[1, j] = max(ends[1, j], p[j])
+                    signs[0, j] += p[j] == 0
+                    signs[1, j] += p[j] > 0
             for j in range(columns):
                 if _in_reach(shift[j], ends[0, j], ends[1, j]):
                     _merge_tile(out, left + j, n, shift[j], a[:, j])
@@ -149,6 +201,24 @@ def _merge_exactly(out, j, values):  # type: ignore[no-untyped-def]
         sums[2] += d * d * d
         sums[3] += d * d * d * d
     _merge_tile(out, j, len(values), mean, sums)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _merge_columns(columns):  # type: ignore[no-untyped-def]
+    """Moments of all columns as one."""
+    out = np.zeros((9, 1))
+    out[5:7] = np.nan
+    sums = np.zeros(4)
+    for j in range(columns.shape[1]):
+        if columns[0, j] == 0:
+            continue
+        sums[1:] = columns[2:5, j]
+        _merge_tile(out, 0, columns[0, j], columns[1, j], sums)
+        low, high = columns[5, j], columns[6, j]
+        out[5, 0] = low if not out[5, 0] <= low else out[5, 0]
+        out[6, 0] = high if not out[6, 0] >= high else out[6, 0]
+        out[7:, 0] += columns[7:, j]
+    return out
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

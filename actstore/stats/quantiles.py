@@ -98,6 +98,10 @@ class Quantiles:
         return int(self.groups.max(initial=0)) + 1
 
     @property
+    def pooled(self) -> bool:
+        return self.rows == 1 and "transform" not in self.extra
+
+    @property
     def _kind(self) -> type[np.unsignedinteger[Any]]:
         return np.uint32 if self.most < 2**32 else np.uint64
 

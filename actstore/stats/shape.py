@@ -246,6 +246,10 @@ class NormalDistance:
     histogram: Histogram
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def pooled(self) -> bool:
+        return self.histogram.pooled
+
     def chunk(self, values_tn: np.ndarray, tokens_t: np.ndarray | None = None) -> State:
         return self.histogram.chunk(values_tn)
 

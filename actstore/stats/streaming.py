@@ -39,7 +39,11 @@ class LayerSketch(Protocol):
 
 
 class Statistic(Protocol):
-    """What every streaming statistic has."""
+    """What every streaming statistic has.
+
+    One that makes no difference between neurons may say so by a true attribute ``pooled``: its
+    chunks may then hold some of the neurons only, whichever are at hand.
+    """
 
     def chunk(self, values_tn: np.ndarray, tokens_t: np.ndarray) -> State:
         """State of a chunk, (token, neuron), and of its tokens' numbers."""
