@@ -9,7 +9,7 @@ are merged in block order, so that the result depends on no thread, rank or inte
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,16 +201,13 @@ def empty_lists(n_strata: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return values, np.full(values.shape, NO_TOKEN)
 
 
-def pack(sketches: Mapping[tuple[str, int], ShardSketch]) -> bytes:
-    """A block's sketches as one binary object: safetensors, then a crc32c.
+def pack(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """The tensors of a block's sketches as one binary object: safetensors, then a crc32c.
 
     The commit record does not know of it: what earlier blocks let it leave out of the lists
     depends on the order of writing, and records do not.
     """
-    tensors: dict[str, np.ndarray] = {}
-    for (stage, layer_index), sketch in sorted(sketches.items()):
-        tensors |= sketch.tensors(f"{stage}/{layer_index}")
-    data = save_tensors(tensors)
+    data = save_tensors(dict(tensors))
     return data + crc32c(data).to_bytes(4, "little")
 
 
@@ -277,7 +274,7 @@ def merge(
         step = max(1, GRANULE_TOKENS // rows)
         for granule, begin in enumerate(range(0, n_blocks, step)):
             blocks = range(begin, min(begin + step, n_blocks))
-            zone, norms = total.granule([load(stage, block) for block in blocks], stage.name)
+            zone, norms = total.granule((load(stage, block) for block in blocks), stage.name)
             folder = f"sketch/{stage.name}"
             drain.write(f"{folder}/zones", granule, zone)
             at = begin * rows
@@ -305,7 +302,7 @@ class _Total:
         state["min"][:] = state["max"][:] = np.nan
         return state
 
-    def granule(self, parts: list[Part], stage: str) -> tuple[np.ndarray, np.ndarray]:
+    def granule(self, parts: Iterable[Part], stage: str) -> tuple[np.ndarray, np.ndarray]:
         """Add consecutive blocks; gives the granule's own moments and norms."""
         zone, norms = self._empty(), []
         for part in parts:

@@ -45,7 +45,7 @@ from .seal import (
     sketch_objects,
 )
 from .shard import digest, encode, summarise
-from .sketch import ShardSketch, Sketcher, pack, plan_strata
+from .sketch import Sketcher, pack, plan_strata
 from .storage import LocalStorage
 
 __all__ = ["Writer"]
@@ -138,7 +138,7 @@ class Writer:
         self._shards_per_block = [sum(len(v) for v in group.values()) for group in plan.passes]
         self._open: dict[tuple[str, int, int], _OpenShard] = {}
         self._sent: dict[tuple[int, int], set[tuple[str, int]]] = {}
-        self._done: dict[tuple[int, int], list[tuple[ShardRecord, ShardSketch | None]]] = {}
+        self._done: dict[tuple[int, int], list[tuple[ShardRecord, dict[str, np.ndarray]]]] = {}
         self._lock = threading.Lock()
 
     # -- life --------------------------------------------------------------------------------
@@ -465,18 +465,16 @@ class Writer:
                 "make room or mend the disk, then run the same dump again to go on"
             ) from error
 
-    def _sketch(self, shard: _OpenShard) -> ShardSketch | None:
+    def _sketch(self, shard: _OpenShard) -> dict[str, np.ndarray]:
+        """The sketch's compact tensors: in full it takes more memory than the shard itself."""
         if self._sketcher is None:
-            return None
+            return {}
+        stage = shard.stage
         first = shard.block * self.plan.block_tokens
-        return self._sketcher.sketch(
-            shard.stage.name,
-            shard.layer_index,
-            shard.stage.layout,
-            shard.image,
-            first,
-            len(shard.filled),
+        made = self._sketcher.sketch(
+            stage.name, shard.layer_index, stage.layout, shard.image, first, len(shard.filled)
         )
+        return made.tensors(f"{stage.name}/{shard.layer_index}")
 
     def _encode_and_put(self, shard: _OpenShard) -> ShardRecord:
         stage, rows = shard.stage, len(shard.filled)
@@ -496,7 +494,9 @@ class Writer:
             self.bytes_written += nbytes
         return ShardRecord(key, nbytes, checksum, summary)
 
-    def _commit(self, shard: _OpenShard, record: ShardRecord, sketch: ShardSketch | None) -> None:
+    def _commit(
+        self, shard: _OpenShard, record: ShardRecord, sketch: dict[str, np.ndarray]
+    ) -> None:
         """Note a durable shard; the last of its block commits the block."""
         place = (shard.index, shard.block)
         with self._lock:
@@ -509,24 +509,13 @@ class Writer:
             if layers:
                 self.storage.sync_folder(self._stages[name].folder)
         records = tuple(r for r, _ in done)
-        if self._sketcher:
-            self._put_part(place, done)
+        if self._sketcher:  # beside the record, until they are merged at seal
+            tensors = {name: tensor for _, part in done for name, tensor in part.items()}
+            self.storage.put(journal.part_key(*place), pack(tensors))
         whole = Record(shard.index, shard.block, records)
         self.storage.put_durable(journal.record_key(*place), whole.encode())
         self.missing[shard.index][shard.block] = False
         self._sent.pop(place, None)
-
-    def _put_part(
-        self, place: tuple[int, int], done: list[tuple[ShardRecord, ShardSketch | None]]
-    ) -> None:
-        """Write a block's sketches beside its record, until they are merged at seal."""
-        layers = {
-            stage.key(i, place[1]): (stage.name, i)
-            for stage in self.plan.stages
-            for i in range(len(stage.layers))
-        }
-        data = pack({layers[r.key]: s for r, s in done if s is not None})
-        self.storage.put(journal.part_key(*place), data)
 
     # -- sealing -----------------------------------------------------------------------------
 

@@ -114,9 +114,9 @@ def book(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
         [text.read_text()],
         path,
         stages=["hidden", "attn_z", *MLP_STAGES],
-        buffer="8MiB",
+        buffer="4MiB",
         windows={"internal": ",", "terminal": "."},
-        limit=30,
+        limit=12,
         name="demo",
     )
     assert len(list(path.glob("journal/p0*.json"))) >= 4
@@ -218,7 +218,10 @@ def test_examples_work(
     result = command(*argv)
     assert result.status == 0, result.err
     assert "Traceback" not in result.err
-    assert (result.out == "") == (argv[0] in ("dump", "verify", "sketch")), result.out[:300]
+    if argv[0] in ("plan", "info", "query"):
+        assert result.out
+    elif argv[0] != "demo":
+        assert result.out == "" and result.err
 
 
 def test_bench_of_a_moment(command: Command, tmp_path: Path) -> None:
@@ -598,7 +601,7 @@ def test_opening_what_is_no_sealed_store(
     command: Command, ids: Path, tiny: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run.zarr"
-    job = ["dump", tiny, ids, out, "--buffer", "128KiB"]
+    job = ["dump", tiny, ids, out, "--buffer", "512KiB", "--no-sketch"]
     questions = (["info"], ["verify"], ["query", "moments"])
 
     def each(status: int, *messages: str) -> None:

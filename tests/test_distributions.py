@@ -773,6 +773,45 @@ def test_reads_are_shared_pass_by_pass(saved: Any) -> None:
     assert scan(store, lambda: actstore.quantiles(store)) == passes * once
 
 
+PLACES = np.arange(400)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [PLACES >= 0, PLACES % 100 != 1, PLACES % 2 == 0, PLACES < 9],
+    ids=["all", "gaps", "halves", "few"],
+)
+def test_layers_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: np.ndarray
+) -> None:
+    """Where neurons are pooled, they are read a few at a time, and without gaps between tokens."""
+    values = np.random.default_rng(9).normal(1, 3, (1, 400, 96)).astype(np.float32)
+    stages = [StageSpec("mlp_post", (0,), 96)]
+    plan = plan_of(bare_corpus([100] * 4), stages, 128, sketch=False)
+    write_store(tmp_path / "run.zarr", plan, {"mlp_post": values})
+    store = actstore.open(tmp_path / "run.zarr")
+    assert store.array("mlp_post").layout.chunk_width == 32
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("moments", {}),
+        ("histogram", {"bins": 20}),
+        ("histogram", {"bins": "fd"}),
+        ("quantiles", {"q": Q}),
+        ("normality", {}),
+    ]
+    results = []
+    for nbytes in (2**22, 1):
+        monkeypatch.setattr("actstore.queries.lanes.PIECE_NBYTES", nbytes)
+        results.append([ask(n, store, per="layer", tokens=mask, **o) for n, o in asked])
+    for whole, pieces in zip(*results, strict=True):
+        off = 0 if whole.attrs["query"] in ("histogram", "quantiles") else 1e-6
+        for name in whole.data_vars:
+            np.testing.assert_allclose(pieces[name], whole[name], rtol=off, atol=off)
+    x = values[:, mask].astype(np.float64).ravel()
+    assert np.isclose(results[1][0]["variance"], x.var(ddof=1), rtol=1e-6)
+    assert np.array_equal(results[1][1]["counts"][0], np.histogram(x, 20)[0])
+    assert np.array_equal(results[1][3]["quantile"][0], np.quantile(x, Q))
+
+
 def test_provenance(small: actstore.Store) -> None:
     result = actstore.peaks(small, stages="mlp_post", tokens="position > 0", by="play", bins=60)
     attrs = result.attrs

@@ -428,6 +428,14 @@ def test_profile_of_truth_values_groups_and_hidden(store: Any) -> None:
     assert axes[0, 1].get_title(loc="left") == "mlp_post, zeroed"
 
 
+def test_many_layers_have_few_ticks() -> None:
+    values = xr.DataArray(np.ones((48, 5, 2)), dims=("layer", "token", "neuron"))
+    ax = plot.profile(actstore.moments(values, per="layer"), "mean", figure().subplots())
+    assert [t.get_text() for t in ax.get_xticklabels()] == [str(n) for n in range(0, 48, 4)]
+    ax = plot.histogram(actstore.histogram(values, bins=3), figure().subplots())
+    assert bar_names(ax) == [str(n) for n in range(0, 48, 4)]
+
+
 def test_profile_with_infinite_scores(store: Any) -> None:
     result = actstore.zeroness(store, stages="mlp_post", threshold=100).compute()
     assert np.isinf(result["score"].values).all()

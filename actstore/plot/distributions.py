@@ -167,10 +167,11 @@ def _cut(ax: Axes, heights: Sequence[float]) -> str:
 def _zoom(ax: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
     """Leave out tails lower than can be seen: the data's own range may be very wide."""
     least = ax.get_ylim()[1] / 500
-    seen = [edges[:-1][values > least] for edges, values in lines if (values > least).any()]
+    seen = [(edges[:-1][values > least], edges[1:][values > least]) for edges, values in lines]
+    seen = [(low, high) for low, high in seen if len(low)]
     if seen:
-        low, high = min(x.min() for x in seen), max(x.max() for x in seen)
-        ax.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        left, right = min(low[0] for low, _ in seen), max(high[-1] for _, high in seen)
+        ax.set_xlim(left - 0.05 * (right - left), right + 0.05 * (right - left))
 
 
 def _colours(along: str, keys: Sequence[Any], depth: Depth | None) -> list[Any]:
