@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import zarr
 from crc32c import crc32c
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from zarr.core.buffer import default_buffer_prototype
@@ -91,17 +92,22 @@ class ShardSketch:
     tokens: np.ndarray
 
     def tensors(self, prefix: str) -> dict[str, np.ndarray]:
-        """Compact arrays for a part file: tables and lists without their empty places."""
+        """Compact arrays for a part file: strata, tables and lists without what is empty."""
+        strata = np.flatnonzero(self.moments[:, 0].any(axis=1))
         keys = np.flatnonzero(self.counts)
         listed = np.flatnonzero(self.tokens < NO_TOKEN)
+        tokens = self.tokens.ravel()[listed]
+        base = tokens.min(initial=NO_TOKEN)
         return {
-            f"{prefix}/moments": self.moments,
+            f"{prefix}/strata": strata,
+            f"{prefix}/moments": self.moments[strata],
             f"{prefix}/keys": keys.astype(np.uint32),
             f"{prefix}/counts": self.counts.ravel()[keys].astype(np.uint32),
             f"{prefix}/norms": self.norms,
             f"{prefix}/places": listed.astype(np.uint32),
             f"{prefix}/values": self.values.ravel()[listed],
-            f"{prefix}/tokens": self.tokens.ravel()[listed],
+            f"{prefix}/tokens": (tokens - base).astype(np.uint32),
+            f"{prefix}/base": np.array([base]),
         }
 
 
@@ -165,8 +171,7 @@ def sketch_image(
 ) -> ShardSketch:
     """Sketch one shard image; `limits` only prune what is listed."""
     width, rows = layout.width, len(codes)
-    moments = np.zeros((n_strata, 9, width))
-    moments[:, 5:7] = np.nan
+    moments = empty_moments(n_strata, width)
     counts = np.zeros((n_strata, KEYS), np.uint64)
     norms = np.zeros(rows)
     values, tokens = empty_lists(n_strata, width)
@@ -194,6 +199,13 @@ def sketch_image(
     return ShardSketch(moments, counts, np.sqrt(norms).astype(np.float32), values, tokens)
 
 
+def empty_moments(n_strata: int, width: int) -> np.ndarray:
+    """Moments (stratum, 9, neuron) of nothing."""
+    moments = np.zeros((n_strata, len(MOMENTS), width))
+    moments[:, 5:7] = np.nan
+    return moments
+
+
 def empty_lists(n_strata: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Lists of extremes with nothing in them."""
     values = np.full((n_strata, 2, width, RANKS), -np.inf, np.float32)
@@ -202,13 +214,22 @@ def empty_lists(n_strata: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """The tensors of a block's sketches as one binary object: safetensors, then a crc32c.
+    """The tensors of a block's sketches as one binary object: safetensors, with a crc32c.
 
     The commit record does not know of it: what earlier blocks let it leave out of the lists
     depends on the order of writing, and records do not.
     """
-    data = save_tensors(dict(tensors))
-    return data + crc32c(data).to_bytes(4, "little")
+    return save_tensors({**tensors, "crc32c": _checksum(tensors)})
+
+
+def _checksum(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Over names and bytes of all tensors, as a tensor itself."""
+    checksum = 0
+    for name, tensor in sorted(tensors.items()):
+        checksum = crc32c(
+            np.ascontiguousarray(tensor).view(np.uint8), crc32c(name.encode(), checksum)
+        )
+    return np.array([checksum], np.uint32)
 
 
 # -- merging -------------------------------------------------------------------------------
@@ -220,8 +241,12 @@ Load = Callable[[StagePlan, int], Part]
 
 def unpack(data: bytes) -> dict[str, np.ndarray] | None:
     """The tensors of a packed part; None if it is damaged."""
-    body, tail = data[:-4], data[-4:]
-    return load_tensors(body) if crc32c(body) == int.from_bytes(tail, "little") else None
+    try:
+        tensors = load_tensors(data)
+        sound = np.array_equal(tensors.pop("crc32c"), _checksum(tensors))
+    except (SafetensorError, KeyError):
+        return None
+    return tensors if sound else None
 
 
 class Drain:
@@ -308,7 +333,10 @@ class _Total:
         for part in parts:
             layers = range(self._shape[1])
             mine = [{n: part[f"{stage}/{i}/{n}"] for n in _TENSORS} for i in layers]
-            stacked = np.stack([m["moments"] for m in mine], axis=2)  # (stratum, 9, layer, neuron)
+            n_strata, _, width = self._shape
+            stacked = np.stack([empty_moments(n_strata, width)] * len(mine), axis=2)
+            for i, one in enumerate(mine):
+                stacked[one["strata"], :, i] = one["moments"]
             block = {name: stacked[:, i] for i, name in enumerate(MOMENTS)}
             zone = merge_moments(zone, block)
             norms.append(np.stack([m["norms"] for m in mine]))
@@ -328,7 +356,7 @@ class _Total:
             self._tokens[layer].reshape(-1, RANKS),
             (side * n_strata + stratum) * width + neuron,
             one["values"],
-            one["tokens"],
+            one["tokens"] + one["base"],
         )
 
     def results(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -341,4 +369,7 @@ class _Total:
             yield f"{name}_token", tokens[:, side].swapaxes(0, 1)
 
 
-_TENSORS = ("moments", "keys", "counts", "norms", "places", "values", "tokens")
+_TENSORS = (
+    *("strata", "moments", "keys", "counts", "norms"),
+    *("places", "values", "tokens", "base"),
+)

@@ -509,13 +509,17 @@ class Writer:
             if layers:
                 self.storage.sync_folder(self._stages[name].folder)
         records = tuple(r for r, _ in done)
-        if self._sketcher:  # beside the record, until they are merged at seal
-            tensors = {name: tensor for _, part in done for name, tensor in part.items()}
-            self.storage.put(journal.part_key(*place), pack(tensors))
+        if self._sketcher:
+            self._put_part(place, [part for _, part in done])
         whole = Record(shard.index, shard.block, records)
         self.storage.put_durable(journal.record_key(*place), whole.encode())
         self.missing[shard.index][shard.block] = False
         self._sent.pop(place, None)
+
+    def _put_part(self, place: tuple[int, int], parts: list[dict[str, np.ndarray]]) -> None:
+        """Write a block's sketches beside its record, until they are merged at seal."""
+        data = pack({name: tensor for part in parts for name, tensor in part.items()})
+        self.storage.put(journal.part_key(*place), data)
 
     # -- sealing -----------------------------------------------------------------------------
 

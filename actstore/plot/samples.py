@@ -49,7 +49,7 @@ __all__ = [
     "top_tokens_panels",
 ]
 
-MOSTPOINTS = 100_000
+MOST_POINTS = 100_000
 """Points of one scatter; more would only cover one another."""
 
 MOST_PAIRED = 8
@@ -100,7 +100,7 @@ def scatter(
     ax = new_axes(ax)
     values = data.transpose(..., row, "neuron").values.reshape(-1, data.sizes["neuron"])
     present = np.flatnonzero(np.isfinite(values).any(axis=1))
-    step = max(1, -(-len(present) * values.shape[1] // MOSTPOINTS))
+    step = max(1, -(-len(present) * values.shape[1] // MOST_POINTS))
     values = values[present[::step]]
     token, neuron = np.indices(values.shape)
     neuron = data["neuron"].values[neuron]
