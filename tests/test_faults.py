@@ -94,6 +94,7 @@ class Warm:
         self._count += 1
         out = self._folder / f"run-{self._count}"
         answer = self.ask({"argv": list(map(str, argv)), "out": str(out), **request})
+        assert answer["pid"] > 0
         return Run(self, answer["pid"], out)
 
     def close(self) -> None:

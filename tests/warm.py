@@ -65,9 +65,11 @@ def _child(request: dict[str, Any], command: Callable[[], Any]) -> None:
         code = stop.code or 0
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _count_operations(die_at: int | None, log: str) -> None:
