@@ -270,10 +270,6 @@ print(before, peak(), sum(s["nbytes"] for s in store.info()["stages"].values()))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
-@pytest.mark.xfail(
-    strict=True,
-    reason="known defect: sketches of many small blocks take 5.7 GB here, not under 1 GB",
-)
 def test_peak_memory_of_two_gigabytes(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "run.zarr"), "1"]
     out = subprocess.run(command, capture_output=True, text=True)
