@@ -292,6 +292,7 @@ def fill(
     """
     plan, device = writer.plan, _device(model)
     staged = device.type != "cpu" if staged is None else staged
+    writer.hold = device.type == "cpu"
     layer_index = {s.name: {n: i for i, n in enumerate(s.layers)} for s in plan.stages}
     for index, group in enumerate(plan.passes):
         mine = [p for p in points if layer_index[p.stage][p.layer] in group[p.stage]]
@@ -309,6 +310,7 @@ def fill(
                     with suppress(_Enough):
                         model(**batch_kwargs(plan, batch, model))
                     watch.done()
+                    writer.catch_up()
                 if progress is not None:
                     done = seen + index * plan.n_tokens
                     progress(Progress(done, plan.n_tokens * len(plan.passes), writer.bytes_written))

@@ -101,8 +101,8 @@ def is_record(key: str) -> bool:
     return re.fullmatch(r"journal/p\d+\.b\d+\.json", key) is not None
 
 
-def part_key(index: int, block: int) -> str:
-    return f"journal/p{index}.b{block:08d}.sketch"
+def part_key(index: int, block: int, stage: int) -> str:
+    return f"journal/p{index}.b{block:08d}.s{stage}.sketch"
 
 
 def _json_float(value: float) -> float | None:

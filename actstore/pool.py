@@ -58,6 +58,13 @@ class BufferPool:
                     )
                 self._changed.wait()
 
+    def has(self, nbytes: int) -> bool:
+        """Whether a buffer can be had without waiting."""
+        with self._changed:
+            if not self._free[nbytes]:
+                self._evict(nbytes)
+            return bool(self._free[nbytes]) or self._allocated + nbytes <= self.capacity
+
     def _evict(self, nbytes: int) -> None:
         for size, buffers in self._free.items():
             while buffers and self._allocated + nbytes > self.capacity:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -133,14 +134,23 @@ def sketch_objects(
         for index, group in enumerate(plan.passes):
             layers = group[stage.name]
             if layers:
-                part |= _read_part(storage, index, block) or scan_part(
+                key = journal.part_key(index, block, plan.stages.index(stage))
+                part |= _read_part(storage, key) or scan_part(
                     storage, stage, layers, block, plan.block_rows(block), strata
                 )
         return part
 
     metadata = {k: v for k, v in skeleton.objects.items() if k.startswith("sketch/")}
-    merged = sketch.merge(plan.stages, plan.n_tokens, len(strata.names), metadata, load)
-    return put_all(storage, merged)
+
+    def merged(stage: StagePlan) -> dict[str, Digest]:
+        objects = sketch.merge([stage], plan.n_tokens, len(strata.names), metadata, load)
+        return put_all(storage, objects)
+
+    digests: dict[str, Digest] = {}
+    with ThreadPoolExecutor(2) as pool:  # each holds a stage's totals
+        for own in pool.map(merged, plan.stages):
+            digests |= own
+    return digests
 
 
 def put_all(storage: LocalStorage, objects: Iterable[tuple[str, bytes]]) -> dict[str, Digest]:
@@ -159,8 +169,8 @@ def put_all(storage: LocalStorage, objects: Iterable[tuple[str, bytes]]) -> dict
     return digests
 
 
-def _read_part(storage: LocalStorage, index: int, block: int) -> dict[str, np.ndarray] | None:
-    data = storage.get(journal.part_key(index, block))
+def _read_part(storage: LocalStorage, key: str) -> dict[str, np.ndarray] | None:
+    data = storage.get(key)
     return sketch.unpack(data) if data is not None else None
 
 
@@ -178,7 +188,7 @@ def scan_part(
     codes = strata.codes[first : first + rows]
     image = layout.image(aligned_buffer(layout.image_nbytes))
     values = np.empty((rows, layout.width), layout.dtype)
-    limits = sketch.empty_lists(len(strata.names), layout.width)[0][..., -1]
+    limits = sketch.no_limits(len(strata.names), layout.width)
     tensors: dict[str, np.ndarray] = {}
     for i in layers:
         with storage.reader(stage.key(i, block)) as reader:

@@ -29,7 +29,7 @@ from .schema import GRANULE_TOKENS, KEYS, MOMENTS, RANKS, Categorical
 from .shard import Layout, chunk_values
 from .sketched import strata_codes
 from .stats.moments import merge_moments
-from .stats.sketching import NO_TOKEN, insert_extremes, merge_limits, sketch_chunk
+from .stats.sketching import NO_TOKEN, insert_extremes, merge_limits, sketch_chunk, split_keys
 
 __all__ = ["ShardSketch", "Sketcher", "Strata", "merge", "pack", "plan_strata"]
 
@@ -81,23 +81,23 @@ class ShardSketch:
         In the order of `schema.MOMENTS`.
     counts : ndarray of uint64 (stratum, KEYS)
     norms : ndarray of float32 (token,)
-    values, tokens : ndarray of float32, int64 (stratum, 2, neuron, RANKS)
-        Largest and smallest; places that earlier blocks already beat are empty.
+    extremes : ndarray of uint64 (stratum, 2, neuron, RANKS)
+        Largest and smallest, as `stats.sketching.extreme_key`; what earlier blocks already beat
+        is left out.
+    first : int
+        Token number of its first row.
     """
 
     moments: np.ndarray
     counts: np.ndarray
     norms: np.ndarray
-    values: np.ndarray
-    tokens: np.ndarray
+    extremes: np.ndarray
+    first: int
 
     def tensors(self, prefix: str) -> dict[str, np.ndarray]:
         """Compact arrays for a part file: strata, tables and lists without what is empty."""
         strata = np.flatnonzero(self.moments[:, 0].any(axis=1))
-        keys = np.flatnonzero(self.counts)
-        listed = np.flatnonzero(self.tokens < NO_TOKEN)
-        tokens = self.tokens.ravel()[listed]
-        base = tokens.min(initial=NO_TOKEN)
+        keys, listed = _places(self.counts, strata), _places(self.extremes, strata)
         return {
             f"{prefix}/strata": strata,
             f"{prefix}/moments": self.moments[strata],
@@ -105,10 +105,16 @@ class ShardSketch:
             f"{prefix}/counts": self.counts.ravel()[keys].astype(np.uint32),
             f"{prefix}/norms": self.norms,
             f"{prefix}/places": listed.astype(np.uint32),
-            f"{prefix}/values": self.values.ravel()[listed],
-            f"{prefix}/tokens": (tokens - base).astype(np.uint32),
-            f"{prefix}/base": np.array([base]),
+            f"{prefix}/extremes": self.extremes.ravel()[listed],
+            f"{prefix}/first": np.array([self.first]),
         }
+
+
+def _places(table: np.ndarray, strata: np.ndarray) -> np.ndarray:
+    """Where a table (stratum, ...) is not 0, flattened; only some strata can be."""
+    size = table[0].size
+    own = [np.flatnonzero(table[s]) + s * size for s in strata]
+    return np.concatenate([*own, np.empty(0, np.int64)])
 
 
 class Sketcher:
@@ -124,7 +130,7 @@ class Sketcher:
 
     def __init__(self, strata: Strata) -> None:
         self._strata = strata
-        self._running: dict[tuple[str, int], np.ndarray] = {}
+        self._running: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
 
     def sketch(
@@ -144,21 +150,18 @@ class Sketcher:
         rows : int
             Tokens in it.
         """
-        running = self._lists(stage, layer_index, layout.width)
-        limits = running[..., -1].copy()
-        codes = self._strata.codes[first : first + rows]
-        made = sketch_image(layout, image, codes, len(self._strata.names), first, limits)
+        key, n_strata = (stage, layer_index), len(self._strata.names)
         with self._lock:
-            for old, new in zip(running, made.values, strict=True):
-                merge_limits(old, new)
-        return made
-
-    def _lists(self, stage: str, layer_index: int, width: int) -> np.ndarray:
-        with self._lock:
-            key = (stage, layer_index)
             if key not in self._running:
-                self._running[key] = empty_lists(len(self._strata.names), width)[0]
-            return self._running[key]
+                lists = empty_lists(n_strata, layout.width)
+                self._running[key] = lists, no_limits(n_strata, layout.width)
+            limits = self._running[key][1].copy()
+        codes = self._strata.codes[first : first + rows]
+        made = sketch_image(layout, image, codes, n_strata, first, limits)
+        with self._lock:
+            for *old, new in zip(*self._running[key], made.extremes, strict=True):
+                merge_limits(*old, new)
+        return made
 
 
 def sketch_image(
@@ -171,10 +174,9 @@ def sketch_image(
 ) -> ShardSketch:
     """Sketch one shard image; `limits` only prune what is listed."""
     width, rows = layout.width, len(codes)
-    moments = empty_moments(n_strata, width)
+    moments, extremes = empty_moments(n_strata, width), empty_lists(n_strata, width)
     counts = np.zeros((n_strata, KEYS), np.uint64)
-    norms = np.zeros(rows)
-    values, tokens = empty_lists(n_strata, width)
+    squares = np.zeros(rows)
     for top in range(0, rows, layout.chunk_rows):
         here = codes[top : top + layout.chunk_rows]
         members = [(s, np.flatnonzero(here == s)) for s in np.unique(here)]
@@ -187,16 +189,15 @@ def sketch_image(
                     x,
                     keys.view(np.uint16),
                     chosen,
-                    first + top,
+                    top,
                     j * layout.chunk_width,
                     moments[s],
                     counts[s],
-                    norms[top : top + len(here)],
+                    squares[top : top + len(here)],
                     limits[s],
-                    values[s],
-                    tokens[s],
+                    extremes[s],
                 )
-    return ShardSketch(moments, counts, np.sqrt(norms).astype(np.float32), values, tokens)
+    return ShardSketch(moments, counts, np.sqrt(squares).astype(np.float32), extremes, first)
 
 
 def empty_moments(n_strata: int, width: int) -> np.ndarray:
@@ -206,11 +207,16 @@ def empty_moments(n_strata: int, width: int) -> np.ndarray:
     return moments
 
 
-def empty_lists(n_strata: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def empty_lists(n_strata: int, width: int) -> np.ndarray:
     """Lists of extremes with nothing in them."""
-    values = np.full((n_strata, 2, width, RANKS), -np.inf, np.float32)
-    values[:, 1] = np.inf
-    return values, np.full(values.shape, NO_TOKEN)
+    return np.zeros((n_strata, 2, width, RANKS), np.uint64)
+
+
+def no_limits(n_strata: int, width: int) -> np.ndarray:
+    """Limits (stratum, 2, neuron) that every value passes."""
+    limits = np.full((n_strata, 2, width), -np.inf, np.float32)
+    limits[:, 1] = np.inf
+    return limits
 
 
 def pack(tensors: Mapping[str, np.ndarray]) -> bytes:
@@ -351,12 +357,13 @@ class _Total:
         place = one["places"].astype(np.int64) // RANKS
         stratum, rest = np.divmod(place, 2 * width)
         side, neuron = np.divmod(rest, width)
+        values, rows = split_keys(one["extremes"], side == 1)
         insert_extremes(
             self._values[layer].reshape(-1, RANKS),
             self._tokens[layer].reshape(-1, RANKS),
             (side * n_strata + stratum) * width + neuron,
-            one["values"],
-            one["tokens"] + one["base"],
+            values,
+            rows + one["first"],
         )
 
     def results(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -371,5 +378,5 @@ class _Total:
 
 _TENSORS = (
     *("strata", "moments", "keys", "counts", "norms"),
-    *("places", "values", "tokens", "base"),
+    *("places", "extremes", "first"),
 )

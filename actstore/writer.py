@@ -82,6 +82,15 @@ class Writer:
     allow_nonfinite : bool
         Store NaN and inf instead of refusing them.
 
+    Attributes
+    ----------
+    hold : bool
+        Hold full shards until `catch_up` sketches them by all cores, instead of sketching them
+        in a writer thread meanwhile. Better where the values are computed on the same cores: a
+        thread that takes one of them from a model keeps the others waiting.
+    sealed : bool
+        Whether the store is whole.
+
     Raises
     ------
     PlanError
@@ -123,10 +132,13 @@ class Writer:
         self.sealed = False
         self.repaired: list[str] = []
         self.bytes_written = 0
+        self.hold = False
+        self._held: list[_OpenShard] = []
         self._vocabulary = vocabulary
         compressed = any(s.layout.compressed for s in plan.stages)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self._threads = threads or (max(2, (cores or 2) // 2) if compressed else 1)
+        self._cores = cores or 1
+        self._threads = threads or (max(2, self._cores // 2) if compressed else 1)
         self._pool = BufferPool(_pool_nbytes(plan))
         self._stages = {s.name: s for s in plan.stages}
         self._pass_of = {
@@ -147,6 +159,7 @@ class Writer:
         with ExitStack() as stack, self._disk_errors(str(self.storage.root)):
             self._prepare(stack)
             self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="actstore")
+            self._all_cores = stack.enter_context(ThreadPoolExecutor(self._cores))
             self._stack = stack.pop_all()
         return self
 
@@ -158,6 +171,7 @@ class Writer:
     ) -> None:
         # What is queued is written even after an error: a block nearly done is worth keeping.
         try:
+            self.catch_up()
             self._executor.shutdown(wait=True)
             if error is None:
                 self._pool.check()
@@ -396,6 +410,8 @@ class Writer:
             sent = self._sent.setdefault((index, block), set())
             if (stage.name, layer_index) in sent:
                 raise self._twice(stage, layer_index, block)
+            if self._held and not self._pool.has(stage.layout.image_nbytes):
+                self.catch_up()
             buffer = self._pool.acquire(stage.layout.image_nbytes)
             image = stage.layout.image(buffer)
             filled = np.zeros(self.plan.block_rows(block), bool)
@@ -439,14 +455,32 @@ class Writer:
     def _finish(self, shard: _OpenShard) -> None:
         del self._open[shard.stage.name, shard.layer_index, shard.block]
         self._sent[shard.index, shard.block].add((shard.stage.name, shard.layer_index))
-        self._pool.send()
-        self._executor.submit(self._write_shard, shard)
+        if self.hold and self._sketcher:
+            self._held.append(shard)
+        else:
+            self._pool.send()
+            self._executor.submit(self._sketch_and_write, shard)
 
-    def _write_shard(self, shard: _OpenShard) -> None:
+    def catch_up(self) -> None:
+        """Sketch the shards that are held, by all cores, and send them to the writer threads."""
+        held, self._held = self._held, []
+        for shard in held:
+            self._pool.send()
+        for shard, sketch in zip(held, self._all_cores.map(self._sketch, held), strict=True):
+            self._executor.submit(self._write_shard, shard, sketch)
+
+    def _sketch_and_write(self, shard: _OpenShard) -> None:
+        try:
+            sketch = self._sketch(shard)
+        except BaseException as error:
+            self._pool.fail(error)
+        else:
+            self._write_shard(shard, sketch)
+
+    def _write_shard(self, shard: _OpenShard, sketch: dict[str, np.ndarray]) -> None:
         try:
             if self._pool.failed:
                 raise WriteError("not written, because an earlier shard failed")
-            sketch = self._sketch(shard)
             with self._disk_errors(shard.stage.key(shard.layer_index, shard.block)):
                 self._commit(shard, self._encode_and_put(shard), sketch)
             self._pool.release(shard.buffer, shard.stage.layout.image_nbytes)
@@ -510,16 +544,19 @@ class Writer:
                 self.storage.sync_folder(self._stages[name].folder)
         records = tuple(r for r, _ in done)
         if self._sketcher:
-            self._put_part(place, [part for _, part in done])
+            self._put_parts(place, [part for _, part in done])
         whole = Record(shard.index, shard.block, records)
         self.storage.put_durable(journal.record_key(*place), whole.encode())
         self.missing[shard.index][shard.block] = False
         self._sent.pop(place, None)
 
-    def _put_part(self, place: tuple[int, int], parts: list[dict[str, np.ndarray]]) -> None:
-        """Write a block's sketches beside its record, until they are merged at seal."""
-        data = pack({name: tensor for part in parts for name, tensor in part.items()})
-        self.storage.put(journal.part_key(*place), data)
+    def _put_parts(self, place: tuple[int, int], parts: list[dict[str, np.ndarray]]) -> None:
+        """Write a block's sketches beside its record, by stage, until they are merged at seal."""
+        tensors = {name: tensor for part in parts for name, tensor in part.items()}
+        for number, stage in enumerate(self._stages):
+            own = {k: t for k, t in tensors.items() if k.partition("/")[0] == stage}
+            if own:
+                self.storage.put(journal.part_key(*place, number), pack(own))
 
     # -- sealing -----------------------------------------------------------------------------
 
