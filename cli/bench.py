@@ -15,6 +15,8 @@ from .bench_query import query
 from .output import print_json, print_table, say
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from actstore.plan import Plan
 
 __all__ = ["add_bench_commands"]
@@ -52,8 +54,9 @@ def capture(
 ) -> None:
     """Dump against the bare forward pass: GPT-2 small's size, four MLP stages, all layers.
 
-    Both run the same batches, without a language-model head. A dump is timed from opening the
-    writer to the sealed store, so the drain is in it.
+    All run the same batches, without a language-model head. A dump is timed from opening the
+    writer to the sealed store, so the drain is in it. In each round the bare pass, the dump and
+    the dump without sketches follow one another; ratios are of their speeds within a round.
     """
     from actstore.errors import UnknownNameError
 
@@ -62,9 +65,9 @@ def capture(
     for name in shape or SHAPES:
         if name not in SHAPES:
             raise UnknownNameError("shape", name, SHAPES)
-        made, points = _plan(model, name, tokens)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            rows.append({"shape": name, **_compare(model, made, points, Path(scratch), pairs)})
+            for row in _compare(model, _lengths(name, tokens), Path(scratch), pairs):
+                rows.append({"shape": name, **row})
     if as_json:
         print_json({"device": where, "dtype": dtype, "rows": rows})
         return
@@ -85,43 +88,52 @@ def _model(dtype: str, device: str, layers: int, width: int) -> tuple[Any, str]:
     return model, f"CPU, {torch.get_num_threads()} threads"
 
 
-def _plan(model: Any, shape: str, tokens: int) -> tuple[Plan, Any]:
+def _lengths(shape: str, tokens: int) -> list[int]:
     import numpy as np
-
-    from actstore.corpus import build
-    from actstore.fill import plan_model
 
     rng = np.random.default_rng(0)
     lengths: list[int] = []
     while sum(lengths) < tokens:
         drawn = {"full": 1024, "texts": 1000, "ragged": rng.lognormal(np.log(400), 0.8)}[shape]
         lengths.append(int(np.clip(drawn, 8, 1024)))
-    corpus = build([rng.integers(0, 50_000, n).tolist() for n in lengths], None)
-    return plan_model(model, None, corpus)
+    return lengths
 
 
 def _compare(
-    model: Any, made: Plan, points: Any, scratch: Path, pairs: int
-) -> dict[str, float | int]:
-    _bare(model, made)  # warm up
-    _dump(model, made, points, scratch)
-    ratios, bare_speed, dump_speed = [], [], []
-    for _ in range(pairs):
-        bare, dumped = _bare(model, made), _dump(model, made, points, scratch)
-        ratios.append(bare / dumped)
-        bare_speed.append(made.n_tokens / bare)
-        dump_speed.append(made.n_tokens / dumped)
-    return {
-        "tokens": made.n_tokens,
-        "computed_per_kept": made.computed_tokens / made.n_tokens,
-        "bare_tokens_per_s": statistics.median(bare_speed),
-        "dump_tokens_per_s": statistics.median(dump_speed),
-        "dump_gb_per_s": statistics.median(dump_speed) * made.nbytes / made.n_tokens / 1e9,
-        "ratio": statistics.median(ratios),
-        "ratio_low": min(ratios),
-        "ratio_high": max(ratios),
-        "pairs": pairs,
+    model: Any, lengths: list[int], scratch: Path, pairs: int
+) -> Iterator[dict[str, float | int | str]]:
+    import numpy as np
+
+    from actstore.corpus import build
+    from actstore.fill import plan_model
+
+    rng = np.random.default_rng(0)
+    corpus = build([rng.integers(0, 50_000, n).tolist() for n in lengths], None)
+    plans = {
+        "sketches": plan_model(model, None, corpus),
+        "no sketches": plan_model(model, None, corpus, sketch=False),
     }
+    bare: list[float] = []
+    dumps: dict[str, list[float]] = {name: [] for name in plans}
+    for _ in range(pairs + 1):  # the first warms up
+        bare.append(_bare(model, plans["sketches"][0]))
+        for name, (made, points) in plans.items():
+            dumps[name].append(_dump(model, made, points, scratch))
+    for name, (made, _) in plans.items():
+        seconds = statistics.median(dumps[name][1:])
+        ratios = [b / d for b, d in zip(bare[1:], dumps[name][1:], strict=True)]
+        yield {
+            "dump": name,
+            "tokens": made.n_tokens,
+            "computed_per_kept": made.computed_tokens / made.n_tokens,
+            "bare_tokens_per_s": made.n_tokens / statistics.median(bare[1:]),
+            "dump_tokens_per_s": made.n_tokens / seconds,
+            "dump_gb_per_s": made.nbytes / seconds / 1e9,
+            "ratio": statistics.median(ratios),
+            "ratio_low": min(ratios),
+            "ratio_high": max(ratios),
+            "pairs": pairs,
+        }
 
 
 def _bare(model: Any, made: Plan) -> float:
