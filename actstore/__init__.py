@@ -21,18 +21,29 @@ _HOME = {
     "Store": "store",
     "Writer": "writer",
     "build_corpus": "corpus",
+    "cka": "queries",
     "compute": "queries.result",
+    "cosine_matrix": "queries",
+    "cosine_pairs": "queries",
+    "dimensionality": "queries",
     "dump": "fill",
+    "gaussian_baseline": "queries",
     "histogram": "queries",
+    "intrinsic_dimension": "queries",
     "load_model": "models",
     "mean_activation": "queries",
     "moments": "queries",
+    "mutual_information": "queries",
     "normality": "queries",
     "open": "store",
+    "pairwise_covariance": "queries",
     "peaks": "queries",
     "quantiles": "queries",
     "read_records": "records",
+    "rsa": "queries",
     "sample": "queries",
+    "save": "wire",
+    "spectrum": "queries",
     "top_tokens": "queries",
     "verify": "store",
     "zeroness": "queries",
@@ -47,37 +58,60 @@ __all__ = [
     "Writer",
     "__version__",
     "build_corpus",
+    "cka",
     "compute",
+    "cosine_matrix",
+    "cosine_pairs",
+    "dimensionality",
     "dump",
+    "gaussian_baseline",
     "histogram",
+    "intrinsic_dimension",
     "load_model",
     "mean_activation",
     "moments",
+    "mutual_information",
     "normality",
     "open",
+    "pairwise_covariance",
     "peaks",
+    "plot",
     "quantiles",
     "read_records",
+    "rsa",
     "sample",
+    "save",
+    "spectrum",
     "top_tokens",
     "verify",
     "zeroness",
 ]
 
 if TYPE_CHECKING:
+    from . import plot
     from .corpus import Corpus
     from .corpus import build as build_corpus
     from .fill import dump
     from .models import load_model
     from .plan import Plan, StageSpec
     from .queries import (
+        cka,
+        cosine_matrix,
+        cosine_pairs,
+        dimensionality,
+        gaussian_baseline,
         histogram,
+        intrinsic_dimension,
         mean_activation,
         moments,
+        mutual_information,
         normality,
+        pairwise_covariance,
         peaks,
         quantiles,
+        rsa,
         sample,
+        spectrum,
         top_tokens,
         zeroness,
     )
@@ -85,10 +119,13 @@ if TYPE_CHECKING:
     from .records import read_records
     from .store import Store, verify
     from .store import open_store as open
+    from .wire import save
     from .writer import Writer
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plot":  # a package, which importing makes an attribute
+        return import_module(".plot", __name__)
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'actstore' has no attribute {name!r}")

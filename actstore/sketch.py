@@ -159,8 +159,9 @@ class Sketcher:
         codes = self._strata.codes[first : first + rows]
         made = sketch_image(layout, image, codes, n_strata, first, limits)
         with self._lock:
-            for *old, new in zip(*self._running[key], made.extremes, strict=True):
-                merge_limits(*old, new)
+            lists, limits = self._running[key]
+            for s, new in enumerate(made.extremes):
+                merge_limits(lists[s], limits[s], new)
         return made
 
 

@@ -58,6 +58,9 @@ def to_json(result: xr.Dataset | xr.DataTree) -> dict[str, Any]:
 def to_records(result: xr.Dataset | xr.DataTree) -> tuple[list[str], list[list[Any]]]:
     """A result as one flat table: a row for each cell of its widest variables.
 
+    Where variables have dimensions that others lack, such as a histogram beside quantiles, the
+    table is of those that most variables fit into.
+
     Returns
     -------
     header : list of str
@@ -68,7 +71,7 @@ def to_records(result: xr.Dataset | xr.DataTree) -> tuple[list[str], list[list[A
         parts = [to_records(node.to_dataset()) for node in result.children.values()]
         return parts[0][0] if parts else [], [row for _, rows in parts for row in rows]
     result = _with_bin_ends(result)
-    widest = max((v.dims for v in result.data_vars.values()), key=len, default=())
+    widest = _widest(result)
     shape = tuple(result.sizes[d] for d in widest)
     scalars = [k for k, v in result.coords.items() if v.dims == ()]
     labels = [k for k, v in result.coords.items() if v.dims and k not in result.dims]
@@ -85,6 +88,16 @@ def to_records(result: xr.Dataset | xr.DataTree) -> tuple[list[str], list[list[A
         there = np.isfinite(columns[names.index("bin_high")])
         columns = [c[there] for c in columns]
     return [str(n) for n in names], [[_plain(v) for v in r] for r in zip(*columns, strict=True)]
+
+
+def _widest(result: xr.Dataset) -> tuple[Any, ...]:
+    """Dimensions of a variable into which most others fit."""
+    every = [v.dims for v in result.data_vars.values()]
+
+    def fitting(dims: tuple[Any, ...]) -> tuple[int, int]:
+        return sum(set(own) <= set(dims) for own in every), len(dims)
+
+    return max(every, key=fitting, default=())
 
 
 def _with_bin_ends(result: xr.Dataset) -> xr.Dataset:

@@ -464,7 +464,7 @@ class Writer:
     def catch_up(self) -> None:
         """Sketch the shards that are held, by all cores, and send them to the writer threads."""
         held, self._held = self._held, []
-        for shard in held:
+        for _ in held:
             self._pool.send()
         for shard, sketch in zip(held, self._all_cores.map(self._sketch, held), strict=True):
             self._executor.submit(self._write_shard, shard, sketch)

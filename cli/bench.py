@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .bench_query import query
+from .bench_similarity import rsa
 from .output import print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def add_bench_commands(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="Measure speeds on this machine.")
     group.command(epilog="Example: actstore bench capture --pairs 10")(capture)
     group.command(epilog="Example: actstore bench query --gigabytes 2")(query)
+    group.command(epilog="Example: actstore bench rsa --tokens 50000,100000")(rsa)
     app.add_typer(group, name="bench", epilog="Example: actstore bench capture")
 
 

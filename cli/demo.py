@@ -63,7 +63,12 @@ def demo(
         density=True,
         tokens="position > 0",
     )
-    moments, densities = actstore.compute(moments, densities)
+    inside = "position > 0"
+    dimensions = actstore.dimensionality(store, stages=STAGES[1:], tokens=inside)
+    similar = actstore.rsa(store, stages=STAGES[1:], tokens=inside)
+    moments, densities, dimensions, similar = actstore.compute(
+        moments, densities, dimensions, similar
+    )
     print_table(
         ["stage", "layer", "mean", "std", "skewness", "kurtosis", "positive"],
         [
@@ -71,6 +76,19 @@ def demo(
             for stage in STAGES
             for layer in moments["layer"].values
             if (cell := moments.sel(stage=stage, layer=layer))["count"] > 0
+        ],
+    )
+    say("\nlaminar profile: participation ratios, and similarity (RSA) of the stages' geometries")
+    pairs = [str(p) for p in similar["pair"].values]
+    print_table(
+        ["layer", *(f"PR {_short(s)}" for s in STAGES[1:]), *(f"RSA {_short(p)}" for p in pairs)],
+        [
+            [
+                int(layer),
+                *(float(v) for v in dimensions["participation_ratio"].sel(layer=layer)),
+                *(float(v) for v in similar["rsa"].sel(layer=layer)),
+            ]
+            for layer in layers
         ],
     )
     largest = store["mlp_post"].sel(layer=middle).argmax(...)
@@ -82,6 +100,10 @@ def demo(
     _draw(moments, densities, picture)
     say(f"\n3. look: {picture}")
     say(f"\nNext: actstore info {path}\n      actstore query histogram {path} --bins=-4:4:81")
+
+
+def _short(name: str) -> str:
+    return name.replace("mlp_", "")
 
 
 _SHOWN = ("mean", "std", "skewness", "kurtosis", "positive_fraction")

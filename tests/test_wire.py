@@ -125,3 +125,17 @@ def test_csv() -> None:
 def test_one_number() -> None:
     header, rows = to_records(xr.Dataset({"x": ((), 2.5)}))
     assert (header, rows) == (["x"], [[2.5]])
+
+
+def test_records_are_of_what_most_variables_have() -> None:
+    mixed = xr.Dataset(
+        {
+            "counts": (("layer", "bin"), np.zeros((2, 5), int)),
+            "cosine": (("layer", "quantile"), [[0.1, 0.9], [0.2, 0.8]]),
+            "context": (("layer", "quantile"), np.array([["a", "b"], ["c", "d"]], object)),
+        },
+        {"layer": [0, 1], "quantile": [0.5, 0.99]},
+    )
+    header, rows = to_records(mixed)
+    assert header == ["layer", "quantile", "cosine", "context"]
+    assert rows[1] == [0, 0.99, 0.9, "b"]

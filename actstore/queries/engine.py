@@ -23,11 +23,21 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
 from ..stats.streaming import State, Statistic
+from .joint import goes_by_grams, run_joint
 from .lanes import Lane, run_lane
-from .selection import Selection, Source
+from .selection import Selection, Source, check_free
 from .shortcut import SketchedLayer, from_sketch
 
-__all__ = ["Output", "Pass", "share_reads", "stream"]
+__all__ = [
+    "Output",
+    "Pass",
+    "label_arrays",
+    "nothing",
+    "one_core_each",
+    "share_reads",
+    "stack_groups",
+    "stream",
+]
 
 LANES_PER_LAYER = 8
 
@@ -128,6 +138,7 @@ def stream(
     for source in selection.sources:
         neurons = selection.neurons[source.stage]
         declared = outputs(source, neurons)
+        check_free(selection.groups, declared)
         layers = selection.layers[source.stage]
         made = passes(source, neurons)
         arrays = _layer_arrays(selection, source, neurons, layers, made, declared)
@@ -159,7 +170,7 @@ def _layer_arrays(
     outputs: Mapping[str, Output],
 ) -> dict[str, da.Array]:
     groups = len(selection.groups.values) if selection.groups else 1
-    blank = {n: _nothing(o) for n, o in outputs.items()}
+    blank = {n: nothing(o) for n, o in outputs.items()}
     shapes = {name: output.shape for name, output in outputs.items()}
     place = _place(selection, source, neurons)
     label = f"query-{tokenize(place, passes, list(layers), shapes)}"
@@ -201,16 +212,23 @@ def _layer_arrays(
                 for i, lane in enumerate(_lanes(selection, source, layer, read, groups))
             ]
             done = task(f"finish-{label}", number, row, call=_finish, of=[statistics, *folds])
-        task(f"all-{label}", row, call=_stack, of=[blank, done])
+        task(f"all-{label}", row, call=stack_groups, of=[blank, done])
+    return label_arrays(graph, label, len(layers), groups, outputs)
+
+
+def label_arrays(
+    graph: dict[Any, Any], label: str, rows: int, groups: int, outputs: Mapping[str, Output]
+) -> dict[str, da.Array]:
+    """Arrays (row, group, ...) out of a graph whose tasks ``all-label`` give them row by row."""
     arrays = {}
     for name, output in outputs.items():
         own = f"{name}-{label}"
         takes: dict[Any, Any] = {}
-        for row in range(len(layers)):
+        for row in range(rows):
             key = (own, row, *(0,) * (1 + len(output.dims)))
             takes[key] = Task(key, _take, TaskRef((f"all-{label}", row)), name)
         layered = HighLevelGraph({label: graph, own: takes}, {label: set(), own: {label}})
-        chunks = ((1,) * len(layers), (groups,), *((n,) for n in output.shape))
+        chunks = ((1,) * rows, (groups,), *((n,) for n in output.shape))
         meta = np.empty((0,) * len(chunks), output.dtype)
         arrays[name] = da.Array(layered, own, chunks, meta=meta)
     return arrays
@@ -244,7 +262,7 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _stack(blank: Mapping[str, np.ndarray], results: Sequence[Results | None]) -> Results:
+def stack_groups(blank: Mapping[str, np.ndarray], results: Sequence[Results | None]) -> Results:
     """{name: (group, ...)}."""
     return {
         name: np.stack([np.reshape((r or blank)[name], empty.shape) for r in results])
@@ -256,7 +274,7 @@ def _take(results: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     return results[name][np.newaxis]
 
 
-def _nothing(output: Output) -> np.ndarray:
+def nothing(output: Output) -> np.ndarray:
     """What a group without tokens gives."""
     blank = output.blank
     if blank is None:
@@ -265,7 +283,7 @@ def _nothing(output: Output) -> np.ndarray:
 
 
 def share_reads(graph: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Merge the lane tasks of a graph that read the same blocks, so that each is read once.
+    """Merge the tasks of a graph that read the same blocks, so that each is read once.
 
     Parameters
     ----------
@@ -276,22 +294,49 @@ def share_reads(graph: Mapping[Any, Any]) -> dict[Any, Any]:
     -------
     dict
         The same graph, with one `run_lane` task for each distinct lane and number of pass (a
-        later pass may need what an earlier one over the same blocks gives).
+        later pass may need what an earlier one over the same blocks gives), and one `run_joint`
+        task for each place and its tokens.
     """
     merged = dict(graph)
     readers: dict[Any, list[Any]] = {}
+    joint: dict[Any, list[Any]] = {}
     for key, task in graph.items():
         if isinstance(task, Task) and task.func is run_lane:
             readers.setdefault((key[1], task.args[0].key), []).append(key)
+        elif isinstance(task, Task) and task.func is run_joint:
+            joint.setdefault((key[1], task.args[0].key), []).append(key)
     for (number, lane), keys in readers.items():
-        if len(keys) == 1:
-            continue
-        shared = ("shared", number, *lane)
-        merged[shared] = Task(shared, run_lane, TaskRef(lane), *(graph[k].args[1] for k in keys))
-        for i, key in enumerate(keys):
-            merged[key] = Task(key, _one_of, TaskRef(shared), i)
+        if len(keys) > 1:
+            shared = ("shared", number, *lane)
+            asked = [graph[k].args[1] for k in keys]
+            merged[shared] = Task(shared, run_lane, TaskRef(lane), *asked)
+            merged |= {k: Task(k, _one_of, TaskRef(shared), i) for i, k in enumerate(keys)}
+    for (place, rows), keys in joint.items():
+        if len(keys) > 1:
+            shared = ("shared-joint", place, *rows)
+            memory = max(graph[k].args[1] for k in keys)
+            questions = [graph[k].args[2] for k in keys]
+            merged[shared] = Task(shared, run_joint, TaskRef(rows), memory, *questions)
+            merged |= {k: Task(k, _one_of, TaskRef(shared), i) for i, k in enumerate(keys)}
     return merged
 
 
-def _one_of(states: list[Any], index: int) -> list[Any]:
-    return [states[index]]
+def one_core_each(graph: Mapping[Any, Any]) -> bool:
+    """Whether a graph has several tasks of small matrix products, which run best side by side.
+
+    Large ones take memory, too, and run one after another by all cores.
+    """
+    small = 0
+    for task in graph.values():
+        if isinstance(task, Task) and task.func is run_joint:
+            rows, *rest = task.args
+            small += goes_by_grams(graph[rows.key].args[0], *rest)
+        elif isinstance(task, Task):
+            small += getattr(task.func, "small_products", False)
+        if small > 1:
+            return True
+    return False
+
+
+def _one_of(answers: list[Any], index: int) -> list[Any]:
+    return [answers[index]]

@@ -13,7 +13,7 @@ import numpy as np
 from ..stats.streaming import State, Statistic
 from ..store import ShardedArray
 
-__all__ = ["Lane", "run_lane"]
+__all__ = ["Lane", "keep_memory", "run_lane"]
 
 PIECE_NBYTES = 4 * 2**20
 """What is read at a time where neurons are pooled: it stays in the cache."""
@@ -101,7 +101,7 @@ class Lane:
 
 def run_lane(lane: Lane, *statistics: Sequence[Statistic]) -> list[list[State | None]]:
     """States of several statistics, each one a group: [statistic][group], None without tokens."""
-    _keep_memory()
+    keep_memory()
     states: list[list[State | None]] = [[None] * lane.n_groups for _ in statistics]
     every = [s for by_group in statistics for s in by_group if s is not None]
     in_pieces = all(getattr(s, "pooled", False) for s in every)
@@ -115,7 +115,7 @@ def run_lane(lane: Lane, *statistics: Sequence[Statistic]) -> list[list[State | 
 
 
 @cache
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Make the C library keep the memory of blocks that are let go, for the next ones.
 
     glibc gives freed memory back to the system, to be had again page by page at the price of a

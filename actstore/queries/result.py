@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import dask
 import numpy as np
 import xarray as xr
-from dask.base import get_scheduler, is_dask_collection
+from dask.base import get_scheduler, is_dask_collection, named_schedulers
+from threadpoolctl import threadpool_limits
 
-from .engine import share_reads
+from ..errors import UnknownNameError, UsageError
+from .engine import one_core_each, share_reads
 from .selection import Selection
 
-__all__ = ["Result", "assemble", "compute"]
+__all__ = ["Result", "assemble", "compute", "provenance"]
 
 Result = xr.Dataset | xr.DataTree
+
+SCHEDULERS = ("threads", "sync", "processes", "tcp://HOST:PORT")
+_CONNECT_SECONDS = 10
 
 
 def assemble(
@@ -31,14 +38,7 @@ def assemble(
     where stages differ in width and results are per neuron, a DataTree with a group for each.
     """
     passes = max(d.attrs["passes"] for d in stages.values())
-    attrs = {
-        "query": name,
-        "parameters": json.dumps(_plain(parameters), sort_keys=True),
-        "compat": parameters.get("compat", "textbook"),
-        **selection.attrs,
-        "source": "scan" if passes else "sketch",
-        "passes": passes,
-    }
+    attrs = provenance(name, selection, parameters, passes)
     if len(stages) == 1:
         ((stage, only),) = stages.items()
         return only.assign_coords(stage=stage).assign_attrs(attrs)
@@ -59,6 +59,20 @@ def assemble(
     for own, variable in first.variables.items():
         joined[own].attrs.update(variable.attrs)
     return joined.assign_attrs(attrs)
+
+
+def provenance(
+    name: str, selection: Selection, parameters: Mapping[str, Any], passes: int
+) -> dict[str, Any]:
+    """Attributes of a result: what was asked of what, and how often the data are read for it."""
+    return {
+        "query": name,
+        "parameters": json.dumps(_plain(parameters), sort_keys=True),
+        "compat": parameters.get("compat", "textbook"),
+        **selection.attrs,
+        "source": "scan" if passes else "sketch",
+        "passes": passes,
+    }
 
 
 def _varying(stages: Sequence[xr.Dataset]) -> list[str]:
@@ -82,8 +96,11 @@ def compute(*queries: Result, scheduler: Any = None) -> Any:
     ----------
     *queries : Dataset or DataTree
         Lazy results.
-    scheduler : str or callable, optional
-        As in `dask.compute`.
+    scheduler : str, callable or Client, optional
+        "threads", "sync" (one after another in this thread), "processes", the address of a
+        dask.distributed scheduler as "tcp://host:8786", whose workers must see the store at the
+        same path, or whatever else `dask.compute` takes. Default: an active Client of
+        dask.distributed, else threads. All give the same values, matrix products to rounding.
 
     Returns
     -------
@@ -99,21 +116,55 @@ def compute(*queries: Result, scheduler: Any = None) -> Any:
     (0.25, [[12, 4]])
     """
     flat = [d for q in queries for d in _datasets(q)]
+    lazy = [d for d in flat if is_dask_collection(d)]
     graph: dict[Any, Any] = {}
-    for dataset in flat:
-        if is_dask_collection(dataset):
-            graph |= dict(dataset.__dask_graph__())
-    get = get_scheduler(scheduler=scheduler, collections=[d for d in flat if is_dask_collection(d)])
-    if get is None:
-        get = dask.threaded.get
-    shared = share_reads(graph)
+    for dataset in lazy:
+        graph |= dict(dataset.__dask_graph__())
     keys = [list(d.__dask_keys__()) if is_dask_collection(d) else [] for d in flat]
-    values = get(shared, keys) if graph else keys
+    shared = share_reads(graph)
+    with _running(scheduler, lazy) as get:
+        side_by_side = get is dask.threaded.get and one_core_each(shared)
+        with threadpool_limits(1, "blas") if side_by_side else nullcontext():
+            values = get(shared, keys) if graph else keys
     done = iter(
         _rebuild(d, v) if is_dask_collection(d) else d for d, v in zip(flat, values, strict=True)
     )
     results = tuple(_collect(q, done) for q in queries)
     return results[0] if len(results) == 1 else results
+
+
+@contextmanager
+def _running(scheduler: Any, lazy: Sequence[xr.Dataset]) -> Iterator[Callable[..., Any]]:
+    """What computes keys of a graph; of an address, a Client as long as it is needed."""
+    if isinstance(scheduler, str):
+        if scheduler.startswith("tcp://"):
+            with _client(scheduler) as client:
+                yield client.get
+            return
+        # "distributed" is dask's name for the active Client.
+        if scheduler.lower() not in {*named_schedulers, "distributed", "dask.distributed"}:
+            raise UnknownNameError("scheduler", scheduler, SCHEDULERS)
+    get = get_scheduler(scheduler=scheduler, collections=lazy) or dask.threaded.get
+    if get is dask.multiprocessing.get:
+        get = partial(get, chunksize=1)  # tasks are few and large: not several to a process
+    yield get
+
+
+def _client(address: str) -> Any:
+    try:
+        from distributed import Client
+    except ImportError:
+        raise UsageError(
+            f"scheduler {address!r} needs dask.distributed: pip install 'actstore[distributed]'"
+        ) from None
+    try:
+        return Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"no scheduler of dask.distributed answers at {address!r} ({error}). Start one with "
+            f"`dask scheduler` and its workers with `dask worker {address}`, or choose from "
+            f"{', '.join(SCHEDULERS[:-1])}"
+        ) from error
 
 
 def _rebuild(dataset: xr.Dataset, values: Any) -> xr.Dataset:

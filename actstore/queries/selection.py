@@ -7,7 +7,7 @@ user's own; from here on they are all `Source`s.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,12 +22,31 @@ from ..sketched import Sketched
 from ..store import ShardedArray, Store, open_store
 from .shortcut import strata_of_groups
 
-__all__ = ["Data", "Groups", "Names", "Numbers", "Selection", "Source", "Tokens", "select"]
+__all__ = [
+    "RESULT_NAMES",
+    "Data",
+    "Groups",
+    "Names",
+    "Numbers",
+    "Selection",
+    "Source",
+    "Tokens",
+    "check_free",
+    "select",
+]
 
 Data = Store | xr.DataArray | str | os.PathLike[str]
 Names = str | Sequence[str] | None
 Numbers = str | int | Sequence[int] | None
 Tokens = str | np.ndarray | None
+
+RESULT_NAMES = frozenset(
+    """
+    bin component dimension edge edges head layer layer_a layer_b neuron pair peak q quantile rank
+    sample stage stage_a stage_b token token_a token_b
+    """.split()  # noqa: SIM905 - a list of words reads better as words
+)
+"""Names of the dimensions of results, and of what lies along them: no label to split by has one."""
 
 SINK_RATIO = 10
 _SLICE_TOKENS = 1024
@@ -70,10 +89,15 @@ class Source:
         return int(self.array.shape[2])
 
     def norms(self, layer: int) -> np.ndarray:
-        """Euclidean norm of every token at one layer; reads it, piece by piece."""
+        """Euclidean norm of every token at one layer, as sketches keep it, or read in pieces."""
+        index = self.layers.index(layer)
+        if self.sketched is not None:
+            norms = self.sketched.norms(index).astype(np.float64)
+            if np.isfinite(norms).all():  # else float32 cannot hold one, or values are NaN or inf
+                return norms
         norms = np.empty(self.array.shape[1])
         for a, b in pairwise(self.bounds):
-            values = np.asarray(self.array[self.layers.index(layer), a:b], np.float64)
+            values = np.asarray(self.array[index, a:b], np.float64)
             norms[a:b] = np.sqrt(np.einsum("tn,tn->t", values, values))
         return norms
 
@@ -111,6 +135,10 @@ class Selection:
         groups); None where sketches cannot answer.
     column : callable
         Gives a column over all tokens by name.
+    path : str
+        Of the store, where texts are read; "" for an array of the user's own.
+    all_sources : callable
+        Gives every source of the data by stage, whether asked or not.
     """
 
     sources: tuple[Source, ...]
@@ -122,6 +150,8 @@ class Selection:
     n_tokens: int
     strata: list[tuple[int, ...]] | None
     column: Callable[[str], np.ndarray | Categorical]
+    path: str
+    all_sources: Callable[[], dict[str, Source]]
 
     def members(self) -> list[np.ndarray]:
         """Numbers of the tokens asked, for each group; all in one where there are no groups."""
@@ -186,6 +216,8 @@ def select(
         frame.n_tokens,
         frame.strata(mask, groups),
         frame.column,
+        frame.path,
+        lambda: {name: frame.source(name) for name in frame.stages},
     )
 
 
@@ -241,6 +273,8 @@ def _groups(frame: _StoreFrame | _ArrayFrame, by: str | None) -> Groups | None:
     if by is None:
         return None
     column = frame.column(by)
+    if by in RESULT_NAMES:
+        raise _taken(by, "results have a dimension or coordinate", RESULT_NAMES)
     if not isinstance(column, Categorical):
         values, codes = np.unique(column, return_inverse=True)
         column = Categorical(codes.astype(np.int32), values)
@@ -251,11 +285,25 @@ def _groups(frame: _StoreFrame | _ArrayFrame, by: str | None) -> Groups | None:
     return Groups(by, column.codes, column.values)
 
 
+def check_free(groups: Groups | None, variables: Iterable[str]) -> None:
+    """Refuse to split by a label that is named like a variable of the result."""
+    if groups is not None and groups.name in variables:
+        raise _taken(groups.name, "the result has a variable", variables)
+
+
+def _taken(by: str, what: str, names: Iterable[str]) -> UsageError:
+    return UsageError(
+        f"by={by!r}: {what} of that name (taken: {', '.join(sorted(names))}). Ask an array in "
+        f"which the label has another: store[STAGE].rename({{{by!r}: 'my_{by}'}}), by='my_{by}'"
+    )
+
+
 class _StoreFrame:
     """A store as data."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.path = str(store.path)
         self.stages = store.stages
         self.n_tokens = store.n_tokens
         self.attrs = {
@@ -309,13 +357,17 @@ class _ArrayFrame:
         self.n_tokens = self._array.sizes["token"]
         self.stages = [str(self._array.name or "activation")]
         self.attrs: dict[str, Any] = {}
+        self.path = ""
 
     def column(self, name: str) -> np.ndarray | Categorical:
         own = [str(c) for c, v in self._array.coords.items() if v.dims == ("token",)]
         if name not in own:
             raise UnknownNameError("column", name, own)
         # Labels are read when a query is built, as a store's are; never activations.
-        values = self._array.coords[name].compute(scheduler="synchronous").values
+        coord = self._array.coords[name].compute(scheduler="synchronous")
+        values, texts = coord.values, coord.attrs.get("label_values")
+        if texts is not None and values.dtype.kind in "iu":  # a store's array: codes of texts
+            return Categorical(values, np.array(texts, dtype=object))
         if values.dtype.kind in "OUT":
             return Categorical.of([str(v) for v in values])
         return values
