@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .between import layer_covariance
 from .cosines import cosine_pairs, gaussian_baseline
 from .dimensions import dimensionality, intrinsic_dimension, spectrum
 from .examples import sample, top_tokens
@@ -24,6 +25,7 @@ __all__ = [
     "gaussian_baseline",
     "histogram",
     "intrinsic_dimension",
+    "layer_covariance",
     "mean_activation",
     "moments",
     "mutual_information",
