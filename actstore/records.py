@@ -191,7 +191,14 @@ def _check_name(name: Any, where: str) -> None:
             f"{where}: the key {name!r} is a column that every store has already; rename it, for "
             f"example to 'my_{name}'"
         )
-    usable = isinstance(name, str) and re.fullmatch(r"(?!\.|__|zarr\.json$)[^/`]{1,100}", name)
+    words = name.split() if isinstance(name, str) else []
+    if words and words != [name]:
+        raise CorpusError(
+            f"{where}: the key {name!r} has white space, at which xarray splits the names of "
+            "coordinates, so that the label would be lost; rename it, for example to "
+            f"{'_'.join(words)!r}"
+        )
+    usable = words and re.fullmatch(r"(?!\.|__|zarr\.json$)[^/`]{1,100}", name)
     if not usable or not name.isprintable():
         raise CorpusError(
             f"{where}: the key {name!r} cannot name a column; use letters, digits and '_', at most "

@@ -97,7 +97,7 @@ def demo(
     say(f"\nmlp_post, layer {middle}: neuron {neuron} is largest at the end of")
     say(f"  ...{store.decode(token, before=12)!r}")
     picture = folder / "demo.png"
-    _draw(moments, densities, picture)
+    _draw(moments, densities, dimensions, similar, picture)
     say(f"\n3. look: {picture}")
     say(f"\nNext: actstore info {path}\n      actstore query histogram {path} --bins=-4:4:81")
 
@@ -109,16 +109,21 @@ def _short(name: str) -> str:
 _SHOWN = ("mean", "std", "skewness", "kurtosis", "positive_fraction")
 
 
-def _draw(moments, densities, picture: Path) -> None:  # type: ignore[no-untyped-def]
+def _draw(moments, densities, dimensions, similar, picture: Path) -> None:  # type: ignore[no-untyped-def]
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from actstore import plot
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    plot.histogram(densities, left)
-    plot.profile(moments, "std", right)
+    axes = figure.subplots(2, 2)
+    plot.histogram(densities, axes[0, 0])
+    plot.profile(moments, "std", axes[0, 1])
+    plot.dimension_profile(dimensions, "participation_ratio", axes[1, 0])
+    plot.pair_profile(similar, axes[1, 1])
+    beside = axes[1, 0].get_legend()  # the lines of normal data lie where it would
+    beside.set_loc("upper left")
+    beside.set_bbox_to_anchor((1, 1))
     figure.suptitle("The demo model over Python's documentation")
     figure.savefig(picture, dpi=150)

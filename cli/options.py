@@ -26,6 +26,8 @@ def query_command(
 ) -> Callable[..., None]:
     """A function for Typer to read: a store, a query's parameters, and a command's own options.
 
+    Whatever the command, `--scheduler` says where the query runs.
+
     Parameters
     ----------
     query : Query
@@ -39,6 +41,7 @@ def query_command(
 
     def command(**values: Any) -> None:
         store = values.pop("store")
+        scheduler = values.pop("scheduler")
         mine = {p.name: values.pop(p.name) for p in own}
         asked = {
             name: parsers[name](name, value) if isinstance(value, str) else value
@@ -48,7 +51,7 @@ def query_command(
         def ask() -> Any:
             import actstore
 
-            return actstore.compute(query.function(store, **asked))
+            return actstore.compute(query.function(store, **asked), scheduler=scheduler)
 
         run(query, ask, **mine)
 
@@ -57,7 +60,14 @@ def query_command(
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
         annotation=Annotated[Path, typer.Argument(metavar="STORE", help="A sealed store.")],
     )
-    parameters = [store, *map(_of_query, query.parameters), *own]
+    scheduler = option(
+        "scheduler",
+        str | None,
+        None,
+        "What runs the tasks: threads (default), sync, processes, or tcp://HOST:PORT of a "
+        "dask.distributed scheduler, whose workers must see the store at the same path.",
+    )
+    parameters = [store, *map(_of_query, query.parameters), *own, scheduler]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__name__ = query.name

@@ -29,6 +29,14 @@ _EXAMPLES = {
     "mean_activation": "--stages hidden --layers 3 --by condition",
     "sample": "--stages hidden --layers 0-3 --unit value",
     "top_tokens": "--stages mlp_post --layers 3",
+    "dimensionality": '--tokens "position > 0"',
+    "spectrum": "--stages mlp_in,mlp_out",
+    "intrinsic_dimension": "--stages hidden,mlp_out --n 1000",
+    "cosine_matrix": '--stages mlp_in,mlp_out --layers 3 --tokens "sequence == 0"',
+    "rsa": '--stages mlp_in,mlp_pre,mlp_post,mlp_out --tokens "position > 0"',
+    "cka": '--stages hidden --pairs layers --debiased --tokens "position > 0"',
+    "cosine_pairs": "--stages hidden --layers 3 --quantiles 0.01,0.5,0.99",
+    "gaussian_baseline": "--stages hidden --dimensions 10,100",
 }
 
 

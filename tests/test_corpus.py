@@ -29,6 +29,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
+import actstore
 from actstore import records as reading
 from actstore import tokenise
 from actstore.corpus import Corpus, build, label_column, read_records
@@ -627,6 +628,10 @@ def test_objects_are_no_labels_and_noted() -> None:
     [
         ({"text": "a", "position": 1}, "x: the key 'position' is a column .* 'my_position'"),
         ({"text": "a", "a/b": 1}, "x: the key 'a/b' cannot name a column"),
+        ({"text": "a", "part of speech": 1}, "x: the key 'part of speech' .*'part_of_speech'"),
+        ({"text": "a", " who\u2003is": 1}, "the key ' who.* for example to 'who_is'"),
+        ({"text": "a", "who\n": 1}, "has white space.* for example to 'who'"),
+        ({"text": "a", " ": 1}, "cannot name a column"),
         ({"text": "a", "zarr.json": 1}, "cannot name a column"),
         ({"text": "a", "": 1}, "cannot name a column"),
         ({"text": "a", "pos": ["D"]}, "x: the label 'pos' is a list.*needs 'input_ids'"),
@@ -652,6 +657,19 @@ def test_objects_are_no_labels_and_noted() -> None:
 def test_a_bad_record_is_named(record: Any, message: str) -> None:
     with pytest.raises(CorpusError, match=message):
         as_record(record, "x")
+
+
+def test_labels_with_white_space_are_refused(tmp_path: Path) -> None:
+    """Stock xarray would not find them again."""
+    message = "the key 'first name' has white space, at which xarray splits.*'first_name'"
+    with pytest.raises(CorpusError, match=f"record 1: {message}"):
+        actstore.build_corpus([[1, 2], {"input_ids": [3], "first name": "Ann"}])
+    path = tmp_path / "people.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b", "first name": "Ann"}\n')
+    with pytest.raises(CorpusError, match=f"people.jsonl, line 2: {message}"):
+        list(actstore.read_records(path))
+    path.write_text('{"text": "b", "first_name": "Ann Lee"}\n')
+    assert [r.labels for r in actstore.read_records(path)] == [{"first_name": "Ann Lee"}]
 
 
 # ---------------------------------------------------------------- errors of the whole input

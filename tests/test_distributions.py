@@ -883,7 +883,7 @@ def test_queries_are_described(name: str) -> None:
     for section in ("Parameters", "Returns", "Examples"):
         assert f"\n{section}\n---" in doc
     assert ">>> " in doc
-    assert query.summary.endswith(".")
+    assert query.summary.endswith((".", "?"))
     assert [p.name for p in query.parameters][: len(COMMON)] == [c.split()[0] for c in COMMON]
     for parameter in query.parameters:
         assert parameter.description.endswith("."), parameter.name
@@ -906,7 +906,7 @@ def test_the_command_line_knows_them(name: str, small: actstore.Store) -> None:
     for parameter in QUERIES[name].parameters:
         assert f"--{parameter.name.replace('_', '-')}" in text
     assert QUERIES[name].example.split()[0] in text
-    asked = runner.invoke(app, ["query", name, small.path, "--stages", "mlp_post", "--json"])
+    asked = runner.invoke(app, ["query", name, small.path, "--stages", "attn_z,mlp_out", "--json"])
     assert asked.exit_code == 0, asked.output
     assert '"attrs"' in asked.stdout
 

@@ -81,6 +81,27 @@ def test_import_is_light():
     assert out.stdout.split() == ["True", "False", "False"]
 
 
+def test_pictures_and_files_are_loaded_when_asked_for():
+    """Neither importing actstore nor asking needs matplotlib."""
+    code = """
+import sys, actstore
+heavy = ("torch", "matplotlib", "distributed", "xarray")
+seen = lambda: [name for name in heavy if name in sys.modules]
+print(seen(), "plot" in dir(actstore), "save" in dir(actstore))
+import numpy as np, xarray as xr
+acts = xr.DataArray(np.eye(3, dtype="f4"), dims=("token", "neuron"))
+result = actstore.compute(actstore.moments(acts))
+print(actstore.save.__module__, "matplotlib" in sys.modules, "torch" in sys.modules)
+print(actstore.plot.__name__, actstore.plot.draw is not None, actstore.plot is actstore.plot)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines() == [
+        "[] True True",
+        "actstore.wire False False",
+        "actstore.plot True True",
+    ]
+
+
 def test_opening_and_asking_load_no_torch():
     code = "import sys, actstore; actstore.open, actstore.moments; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

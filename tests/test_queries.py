@@ -31,6 +31,8 @@ from scipy import stats
 import actstore
 from actstore.errors import UnknownNameError, UsageError
 from actstore.plan import StageSpec
+from actstore.queries.registry import QUERIES
+from actstore.queries.selection import RESULT_NAMES
 from actstore.storage import counters
 
 EDGES = [-3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.5]
@@ -258,6 +260,98 @@ def test_groups_by_numbers(small: SimpleNamespace) -> None:
     for year in range(1599, 1604):
         values = small.values["mlp_post"][1, small.columns["year"] == year]
         check_moments(result.isel(layer=1).sel(year=year), values)
+
+
+def grouped_array(name: str) -> xr.DataArray:
+    """90 tokens in three groups by a label of this name."""
+    values = np.random.default_rng(5).normal(size=(2, 90, 6)).astype(np.float32)
+    array = xr.DataArray(values, dims=("layer", "token", "neuron"), name="mlp_post")
+    return array.assign_coords({name: ("token", np.arange(90) // 30)})
+
+
+@pytest.mark.parametrize("name", sorted(RESULT_NAMES - {"layer", "neuron"}))
+def test_labels_named_like_dimensions_of_results(name: str) -> None:
+    array = grouped_array(name)
+    for query in (actstore.moments, actstore.sample, actstore.quantiles):
+        with pytest.raises(UsageError, match=rf"by='{name}': results have .* of that name.*'my_"):
+            query(array, by=name)
+    assert actstore.moments(array, tokens=f"{name} == 1").attrs["tokens_used"] == 30
+
+
+@pytest.mark.parametrize("name", sorted(QUERIES))
+def test_names_of_results_are_known(small: SimpleNamespace, name: str) -> None:
+    """Whatever dimensions and coordinates a query makes, labels to split by are not named so."""
+    more: list[dict[str, Any]] = [{}]
+    more += {
+        "histogram": [{"bins": EDGES}, {"per": "head", "stages": "attn_z"}, {"per": "neuron"}],
+        "sample": [{"unit": "value"}],
+        "rsa": [{"pairs": "layers"}],
+        "cka": [{"pairs": "layers"}],
+        "cosine_matrix": [{"reduce": "histogram"}],
+        "mutual_information": [{"reduce": r} for r in ("mean", "histogram", "joint")],
+        "pairwise_covariance": [{"reduce": "histogram"}],
+    }.get(name, [])
+    for options in more:
+        result = QUERIES[name].function(small.store, **{"stages": "attn_z,mlp_out", **options})
+        assert isinstance(result, xr.Dataset)
+        labels = {"sequence", "position", "token_text"}
+        assert {str(n) for n in (*result.dims, *result.coords)} - labels <= RESULT_NAMES
+
+
+def test_labels_of_a_store_named_like_dimensions(tmp_path: Path) -> None:
+    """What the message says can be done can be done."""
+    records = [{"input_ids": [1, 2, 3, 4], "rank": word} for word in ("low", "high", "low")]
+    plan = plan_of(actstore.build_corpus(records), [StageSpec("mlp_post", (0,), 8)], 16)
+    write_store(tmp_path / "run.zarr", plan, random_values(plan))
+    store = actstore.open(tmp_path / "run.zarr")
+    with pytest.raises(UnknownNameError, match="unknown column 'bin'"):
+        actstore.moments(store, by="bin")
+    with pytest.raises(UsageError, match=r"rename\({'rank': 'my_rank'}\), by='my_rank'") as refused:
+        actstore.moments(store, by="rank")
+    assert "component, dimension" in str(refused.value)
+    split = actstore.moments(store["mlp_post"].rename({"rank": "my_rank"}), by="my_rank")
+    assert split["my_rank"].values.tolist() == ["low", "high"]
+    values = store["mlp_post"].values[:, 4:8]
+    check_per_neuron(split.sel(my_rank="high").compute(), values)
+    few = actstore.moments(store["mlp_post"], tokens="rank == 'high'")
+    check_per_neuron(few.compute(), values)
+
+
+@pytest.mark.parametrize("name", ["mean", "variance", "count"])
+def test_labels_named_like_variables_of_the_result(name: str) -> None:
+    with pytest.raises(UsageError, match=f"by='{name}': the result has a variable of that name"):
+        actstore.moments(grouped_array(name), by=name)
+    assert name in actstore.histogram(grouped_array(name), bins=EDGES, by=name).compute()
+
+
+@pytest.mark.parametrize("by", ["position", "sequence", "token_text"])
+def test_groups_by_columns_that_results_show(small: SimpleNamespace, by: str) -> None:
+    """Samples and top tokens have a label less, as each group is of one value of it."""
+    queries = [
+        query(small.store, stages="mlp_post", by=by, **options)
+        for query, options in (
+            (actstore.moments, {}),
+            (actstore.histogram, {"bins": EDGES}),
+            (actstore.top_tokens, {"k": 2}),
+            (actstore.sample, {"n": 3}),
+        )
+    ]
+    for result in actstore.compute(*queries):
+        for i, value in enumerate(result[by].values[:4]):
+            own = small.store.column(by)
+            own = own.decode() if hasattr(own, "decode") else own
+            chosen = np.flatnonzero(own == value)
+            one = result.isel({by: i})
+            if "token" in one.variables:
+                tokens = one["token"].values.ravel()
+                assert np.isin(tokens[tokens >= 0], chosen).all()
+            elif "counts" in one:
+                check_histogram(one.isel(layer=0), small.values["mlp_post"][0, chosen])
+            else:
+                check_per_neuron(one, small.values["mlp_post"][:, chosen])
+    if by == "position":
+        with pytest.raises(UsageError, match="by='position': the result has a variable"):
+            actstore.peaks(small.store, by=by)
 
 
 # -- several stages ------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import xarray as xr
 
 import actstore
 from actstore.plan import Plan, StageSpec
+from actstore.queries.selection import select
 from actstore.storage import counters
 from actstore.writer import Writer
 
@@ -137,6 +138,64 @@ def test_groups_of_the_label_that_was_sketched_by(tmp_path):
         assert lazy.attrs["source"] == "sketch"
         same(known, answer(without, "mean_activation", asked)[1])
     assert actstore.moments(with_label, by="document").attrs["source"] == "scan"
+
+
+def with_sinks(path, dtype, sketch, seed=0, allow_nonfinite=False, bad=None):
+    """Three layers of tokens, some of which are far out at the middle one."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(3, 300, WIDTH)) * rng.lognormal(0, 1.2, (3, 300, 1))
+    values[1, rng.integers(0, 300, 5)] *= 40
+    if bad is not None:
+        values[1, 7, 3] = bad
+    made = actstore.build_corpus([list(range(300))])
+    stages = [StageSpec("mlp_post", LAYERS, WIDTH), StageSpec("mlp_out", LAYERS, WIDTH)]
+    plan = Plan.build(made, stages, dtype=dtype, buffer="150KiB", sketch=sketch)
+    with Writer(path, plan, allow_nonfinite=allow_nonfinite) as writer:
+        for i, layer in enumerate(LAYERS):
+            writer.put("mlp_post", layer, 0, values[i].astype(np.float32))
+            writer.put("mlp_out", layer, 0, values[i].astype(np.float32))
+    return actstore.open(path)
+
+
+def masks_without_sinks(store):
+    """The mask, and how many shards were read for it."""
+    counters.reset()
+    mask = select(store, None, None, None, None, None, exclude_sinks="mlp_post").mask
+    return mask, counters.reads
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_sinks_are_known_from_sketches(tmp_path, dtype):
+    for seed in range(4):
+        known = with_sinks(tmp_path / f"{seed}a.zarr", dtype, True, seed)
+        bare = with_sinks(tmp_path / f"{seed}b.zarr", dtype, False, seed)
+        norms = np.linalg.norm(known["mlp_post"].values[1].astype(np.float64), axis=1)
+        mask, reads = masks_without_sinks(known)
+        assert reads == 0
+        scanned, reads = masks_without_sinks(bare)
+        assert reads > 0
+        np.testing.assert_array_equal(mask, norms <= 10 * np.median(norms))
+        np.testing.assert_array_equal(mask, scanned)
+        assert 3 < (~mask).sum() < 60
+        asked = [select(s, "mlp_post", None, None, None, None) for s in (known, bare)]
+        kept, read = (selection.sources[0].norms(1) for selection in asked)
+        assert kept.dtype == read.dtype == np.float64
+        np.testing.assert_allclose(kept, read, rtol=1e-6)
+    results = [
+        actstore.moments(s, stages="mlp_out", exclude_sinks="mlp_post") for s in (known, bare)
+    ]
+    assert results[0].attrs["excluded_by_sinks"] == results[1].attrs["excluded_by_sinks"] > 0
+    same(*actstore.compute(*results))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e30])
+def test_norms_that_sketches_cannot_hold_are_read(tmp_path, bad):
+    """NaN and infinities, and numbers whose square float32 has not."""
+    known = with_sinks(tmp_path / "a.zarr", None, True, allow_nonfinite=True, bad=bad)
+    bare = with_sinks(tmp_path / "b.zarr", None, False, allow_nonfinite=True, bad=bad)
+    mask, reads = masks_without_sinks(known)
+    assert reads > 0
+    np.testing.assert_array_equal(mask, masks_without_sinks(bare)[0])
 
 
 def test_nonfinite_values_are_scanned(tmp_path):

@@ -19,6 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnknownNameError, UsageError
+from .cosines import baseline_densities, baselines, cosine_densities, cosine_density
+from .dimensions import (
+    dimension_bars,
+    dimension_profile,
+    dimension_scatter,
+    dimension_violins,
+    dimensions,
+    intrinsic_dimensions,
+    spectra,
+    spectrum,
+)
 from .distributions import (
     histogram,
     histograms,
@@ -39,6 +50,15 @@ from .samples import (
     top_tokens,
     top_tokens_panels,
 )
+from .similarity import (
+    comparisons,
+    layer_matrix,
+    pair_bars,
+    pair_map,
+    pair_profile,
+    token_matrices,
+    token_matrix,
+)
 from .style import INK, Result, facets, literally, loaded, stage_colour, stage_marker
 
 if TYPE_CHECKING:
@@ -48,15 +68,30 @@ if TYPE_CHECKING:
 __all__ = [
     "ENDINGS",
     "PLOTS",
+    "baseline_densities",
+    "baselines",
+    "comparisons",
     "condition_scatter",
     "conditions",
+    "cosine_densities",
+    "cosine_density",
+    "dimension_bars",
+    "dimension_profile",
+    "dimension_scatter",
+    "dimension_violins",
+    "dimensions",
     "draw",
     "histogram",
     "histograms",
+    "intrinsic_dimensions",
+    "layer_matrix",
     "means",
     "neuron_panels",
     "neuron_peaks",
+    "pair_bars",
+    "pair_map",
     "pair_plot",
+    "pair_profile",
     "peak_positions",
     "profile",
     "profiles",
@@ -64,8 +99,12 @@ __all__ = [
     "samples",
     "save",
     "scatter",
+    "spectra",
+    "spectrum",
     "stage_colour",
     "stage_marker",
+    "token_matrices",
+    "token_matrix",
     "top_tokens",
     "top_tokens_panels",
 ]
@@ -83,6 +122,14 @@ PLOTS: dict[str, Callable[..., np.ndarray]] = {
     "mean_activation": means,
     "sample": samples,
     "top_tokens": top_tokens_panels,
+    "dimensionality": dimensions,
+    "spectrum": spectra,
+    "intrinsic_dimension": intrinsic_dimensions,
+    "cosine_matrix": token_matrices,
+    "rsa": comparisons,
+    "cka": comparisons,
+    "cosine_pairs": cosine_densities,
+    "gaussian_baseline": baselines,
 }
 """What draws the result of each query, whatever its shape."""
 

@@ -14,12 +14,13 @@ import xarray as xr
 from ..errors import UsageError
 from .style import (
     INK,
-    MOST_IN_LEGEND,
+    MARKERS,
     POINTS,
     Depth,
     Result,
     check_dims,
     colour_bar,
+    cut,
     described,
     facets,
     group_colours,
@@ -30,6 +31,7 @@ from .style import (
     loaded,
     named,
     new_axes,
+    overlaid,
     panels,
     share_legend,
     stage_colour,
@@ -96,31 +98,20 @@ def histogram(
     ax = new_axes(ax)
     parts = [result.isel({along: [i]}) for i in range(result.sizes[along])] if along else [result]
     lines = [_line(part, name) for part in parts]
-    own = next(iter(stages_of(result)))
-    keys = list(result[along].values) if along else [own]
-    bar = depth is None and (along == "layer" or (along != "stage" and len(keys) > MOST_IN_LEGEND))
     if along == "neuron":
+        own = next(iter(stages_of(result)))
         _overlay(ax, lines, stage_colour(own) if own else INK)
     else:
-        if along == "layer":
-            depth = depth or Depth(*layers_of({own: result}))
-        colours = _colours(along, keys, depth)
-        for key, colour, (edges, values) in zip(keys, colours, lines, strict=True):
-            if len(values):
-                ax.stairs(values, edges, color=colour, label=named(key), linewidth=1.3)
-        if bar:
-            colour_bar(depth or Depth(range(len(keys)), map(named, keys)), [ax], along)
-        elif along and along != "layer":
-            legend(ax, "" if along == "stage" else along, ncols=1 if len(keys) <= 4 else 2)
+        overlaid(partial(_stairs, ax, name), result, along, ax, depth)
     log = along == "neuron" if log is None else log
     log = log and any((values > 0).any() for _, values in lines)
     ax.set_yscale("log" if log else "linear")
     if name == "counts" and not log:
         ax.yaxis.set_major_formatter("{x:,.0f}")
-    cut = "" if log else _cut(ax, [values.max(initial=0) for _, values in lines])
+    cut_off = "" if log else cut(ax, [values.max(initial=0) for _, values in lines])
     if not (log or _asked(result, "range") or isinstance(_asked(result, "bins"), list)):
         _zoom(ax, lines)
-    return tidy(ax, heading(result), _values(result), described(result[name]) + cut)
+    return tidy(ax, heading(result), _values(result), described(result[name]) + cut_off)
 
 
 def _held(result: xr.Dataset) -> tuple[xr.Dataset, str]:
@@ -136,6 +127,12 @@ def _line(part: xr.Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
     bins = max(0, np.isfinite(edges).sum() - 1)
     values = values[:bins]
     return (edges[: bins + 1], values) if np.isfinite(values).all() else (edges[:0], values[:0])
+
+
+def _stairs(ax: Axes, name: str, part: xr.Dataset, colour: Any, label: str) -> None:
+    edges, values = _line(part, name)
+    if len(values):
+        ax.stairs(values, edges, color=colour, label=label, linewidth=1.3)
 
 
 def _overlay(ax: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]], colour: str) -> None:
@@ -154,16 +151,6 @@ def _overlay(ax: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]], colour: s
         ax.set_ylim(0.7 * positive.min(), 1.5 * positive.max())
 
 
-def _cut(ax: Axes, heights: Sequence[float]) -> str:
-    """Start the axis at zero and cut it where a few spikes would flatten all other lines."""
-    usual, top = 4 * float(np.median(heights)), max(heights)
-    if not 0 < usual < top:
-        ax.set_ylim(bottom=0)
-        return ""
-    ax.set_ylim(0, 1.05 * max(h for h in heights if h <= usual))
-    return f"\n(goes to {top:,.0f})" if top >= 100 else f"\n(goes to {top:.3g})"
-
-
 def _zoom(ax: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
     """Leave out tails lower than can be seen: the data's own range may be very wide."""
     least = ax.get_ylim()[1] / 500
@@ -172,14 +159,6 @@ def _zoom(ax: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
     if seen:
         left, right = min(low[0] for low, _ in seen), max(high[-1] for _, high in seen)
         ax.set_xlim(left - 0.05 * (right - left), right + 0.05 * (right - left))
-
-
-def _colours(along: str, keys: Sequence[Any], depth: Depth | None) -> list[Any]:
-    if along == "layer" and depth is not None:
-        return [depth[k] for k in keys]
-    if along in ("", "stage"):
-        return [stage_colour(str(k)) if k else INK for k in keys]
-    return group_colours(len(keys))
 
 
 def _asked(result: xr.Dataset, parameter: str) -> Any:
@@ -452,7 +431,7 @@ def profile(result: Result, variable: str, ax: Axes | None = None, *, log: bool 
         if group in drawn.dims and drawn.sizes[group] > 1:
             keys = drawn[group].values
             lines = {f"{group} {named(k)}": drawn.sel({group: k}) for k in keys}
-            styles = list(zip(group_colours(len(keys)), "osD^vP*X" * len(keys), strict=False))
+            styles = list(zip(group_colours(len(keys)), MARKERS * len(keys), strict=False))
         else:
             lines = {stage: drawn}
             styles = [(stage_colour(stage) if stage else INK, stage_marker(stage))]

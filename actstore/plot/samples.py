@@ -185,7 +185,7 @@ def pair_plot(result: xr.Dataset, figure: Figure | SubFigure | None = None) -> n
             elif i > j:
                 ax.scatter(values[j], values[i], s=5, alpha=0.4, color=colour, **POINTS)
             else:
-                r = _correlation(values[i], values[j])
+                r = correlation(values[i], values[j])
                 style = {"ha": "center", "va": "center", "transform": ax.transAxes, "color": INK}
                 ax.text(0.5, 0.5, f"r = {r:.2f}", fontsize=9, **style)
                 ax.set_axis_off()
@@ -194,7 +194,7 @@ def pair_plot(result: xr.Dataset, figure: Figure | SubFigure | None = None) -> n
     return axes
 
 
-def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
     if len(x) < 2 or not (np.ptp(x) and np.ptp(y)):
         return float("nan")
     return float(np.corrcoef(x, y)[0, 1])
@@ -259,7 +259,7 @@ def condition_scatter(result: xr.Dataset, ax: Axes | None = None) -> Axes:
     ax.axline((0, 0), slope=1, color="#b8bec9", linewidth=0.8, zorder=0)
     ax.scatter(x, y, s=9, alpha=0.5, color=stage_colour(stage) if stage else INK, **POINTS)
     there = np.isfinite(x) & np.isfinite(y)
-    r = _correlation(x[there], y[there])
+    r = correlation(x[there], y[there])
     title = ", ".join(filter(None, (heading(result, but=["neuron"]), f"r = {r:.3f}")))
     return tidy(ax, title, f"mean activation, {by} {first}", f"mean activation,\n{by} {second}")
 

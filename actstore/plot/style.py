@@ -20,18 +20,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 __all__ = [
+    "BLANK",
     "INK",
+    "MARKERS",
     "MOST_IN_LEGEND",
     "MOST_PANELS",
     "POINTS",
     "STAGE_STYLE",
     "Depth",
     "Result",
+    "bar_rows",
     "check_dims",
     "colour_bar",
+    "cut",
     "described",
     "facets",
     "group_colours",
+    "grouping",
     "heading",
     "holding",
     "layers_of",
@@ -40,8 +45,12 @@ __all__ = [
     "loaded",
     "named",
     "new_axes",
+    "overlaid",
     "panels",
+    "scale_bar",
+    "shades",
     "share_legend",
+    "spread",
     "stage_colour",
     "stage_marker",
     "stages_of",
@@ -64,6 +73,9 @@ POINTS: dict[str, Any] = {"linewidths": 0, "rasterized": True}
 
 _GREY = "#b8bec9"
 
+BLANK = "#e3e6eb"
+"""Behind matrices, where they have no value."""
+
 # Colours that stay apart under every kind of colour blindness: Petroff's ten (2021), but for one
 # too light for lines. Markers say the same again.
 STAGE_STYLE = {
@@ -82,6 +94,9 @@ STAGE_STYLE = {
 
 # Okabe and Ito's colours, a brown in place of the yellow that cannot be seen on white.
 _GROUPS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#593109")
+
+MARKERS = "osD^vP*X"
+"""Of groups, and of pairs of stages."""
 
 MOST_IN_LEGEND = len(_GROUPS)
 """Groups that are told apart by colours of their own; more run from dark to light, as layers."""
@@ -141,10 +156,43 @@ def colour_bar(depth: Depth, axes: Sequence[Axes], label: str = "layer") -> None
         scale, ax=list(axes), ticks=chosen, aspect=35, pad=0.02, fraction=0.04
     )
     bar.ax.set_yticklabels([depth.names[i] for i in chosen])
+    _tidy_bar(bar, label)
+
+
+def _tidy_bar(bar: Any, label: str) -> None:
     bar.ax.minorticks_off()
     bar.ax.tick_params(length=0, labelsize=8, labelcolor=INK)
     bar.outline.set_visible(False)
     bar.set_label(label, size=9, color=INK)
+
+
+def shades(matrices: Iterable[np.ndarray]) -> dict[str, Any]:
+    """Colours that matrices share: limits and map, which is white at 0 where both signs occur."""
+    import matplotlib as mpl
+    from matplotlib.colors import ListedColormap
+
+    finite = (values[np.isfinite(values)] for values in matrices)
+    ends = [end for values in finite if values.size for end in (values.min(), values.max())]
+    low, high = (float(min(ends)), float(max(ends))) if ends else (0.0, 1.0)
+    limits = {"vmin": low, "vmax": high}
+    if not low < 0 < high:
+        return {**limits, "cmap": "viridis"}
+    # Equal steps of colour either side of 0, of which only those that occur are kept.
+    first, last = (0.5 + end / (2 * max(-low, high)) for end in (low, high))
+    kept = mpl.colormaps["RdBu_r"](np.linspace(first, last, 256))
+    return {**limits, "cmap": ListedColormap(kept)}
+
+
+def scale_bar(images: Sequence[Any], axes: Sequence[Axes], label: str) -> None:
+    """A bar beside some panels for the values of their images; arrows where values go beyond."""
+    norm, values = images[0].norm, [image.get_array() for image in images]
+    below = any((v < norm.vmin).any() for v in values)
+    above = any((v > norm.vmax).any() for v in values)
+    extend = ("both" if above else "min") if below else ("max" if above else "neither")
+    bar = axes[0].figure.colorbar(
+        images[0], ax=list(axes), aspect=30, pad=0.02, fraction=0.04, extend=extend
+    )
+    _tidy_bar(bar, label)
 
 
 def tick_layers(ax: Axes, layers: Sequence[int], names: Sequence[str]) -> None:
@@ -170,12 +218,20 @@ def tidy(ax: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
         literally(ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK))
     for axis, label, width in ((ax.xaxis, x, 42), (ax.yaxis, y, 28)):
         if label:
-            label = "\n".join(textwrap.fill(line, width) for line in label.split("\n"))
+            label = "\n".join(_wrapped(line, width) for line in label.split("\n"))
             literally(axis.set_label_text(label, fontsize=9, color=INK))
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(_GREY)
     ax.tick_params(which="both", labelsize=8, color=_GREY, labelcolor=INK)
     return ax
+
+
+def _wrapped(line: str, width: int) -> str:
+    """As few lines as fit the width, as even as they can be."""
+    lines = len(textwrap.wrap(line, width))
+    while width > 1 and len(textwrap.wrap(line, width - 1)) <= lines:
+        width -= 1
+    return textwrap.fill(line, width)
 
 
 def legend(ax: Axes, title: str = "", *, above: bool = False, **options: Any) -> None:
@@ -207,6 +263,106 @@ def literally(text: Any) -> Any:
     """Text as it is: labels and tokens may hold dollar signs, which would mean mathematics."""
     text.set_parse_math(False)
     return text
+
+
+def cut(ax: Axes, heights: Sequence[float]) -> str:
+    """Start the axis at zero and cut it where a few spikes would flatten all other lines."""
+    usual, top = 4 * float(np.median(heights)), max(heights)
+    if not 0 < usual < top:
+        ax.set_ylim(bottom=0)
+        return ""
+    ax.set_ylim(0, 1.05 * max(h for h in heights if h <= usual))
+    return f"\n(goes to {top:,.0f})" if top >= 100 else f"\n(goes to {top:.3g})"
+
+
+def overlaid(
+    draw: Callable[[xr.Dataset, Any, str], Any],
+    result: xr.Dataset,
+    along: str,
+    ax: Axes,
+    depth: Depth | None = None,
+) -> None:
+    """Draw parts of a result over one another, and say which is which.
+
+    Parameters
+    ----------
+    draw : callable
+        Draws a part in a colour, with a label.
+    result : Dataset
+    along : str
+        Dimension of which every value is a part; "" for none.
+    ax : Axes
+    depth : Depth, optional
+        Colours of layers, where several panels share a colour bar; default the result's own layers,
+        with a bar.
+    """
+    own = next(iter(stages_of(result)))
+    keys: list[Any] = list(result[along].values) if along else [own]
+    bar = depth is None and (along == "layer" or (along != "stage" and len(keys) > MOST_IN_LEGEND))
+    if along == "layer":
+        depth = depth or Depth(*layers_of({own: result}))
+        colours = [depth[k] for k in keys]
+    elif along in ("", "stage"):
+        colours = [stage_colour(str(k)) if k else INK for k in keys]
+    else:
+        colours = group_colours(len(keys))
+    for i, (key, colour) in enumerate(zip(keys, colours, strict=True)):
+        draw(result.isel({along: [i]}) if along else result, colour, named(key))
+    if bar:
+        colour_bar(depth or Depth(range(len(keys)), map(named, keys)), [ax], along)
+    elif along and along != "layer":
+        legend(ax, "" if along == "stage" else along, ncols=1 if len(keys) <= 4 else 2)
+
+
+def bar_rows(
+    ax: Axes,
+    names: Sequence[str],
+    values: np.ndarray,
+    colours: Sequence[Any],
+    labels: Sequence[str],
+    reach: np.ndarray | None = None,
+) -> np.ndarray:
+    """Draw horizontal bars, a row for each name, first on top; several bars may share a row.
+
+    Parameters
+    ----------
+    ax : Axes
+    names : sequence of str
+        Of the rows.
+    values : ndarray (bar, row)
+    colours : sequence
+        Of the bars of a row; or of the rows, where each has one bar.
+    labels : sequence of str
+        Of the bars of a row.
+    reach : ndarray (2, bar, row), optional
+        How far down and up the error bars go.
+
+    Returns
+    -------
+    ndarray (bar, row)
+        Where the middles of the bars are.
+    """
+    n, rows = values.shape
+    height = 0.76 / n
+    at = np.arange(rows) + (np.arange(n)[:, None] - (n - 1) / 2) * height
+    errors = {"linewidth": 0.9, "capsize": 2, "ecolor": INK}
+    for i in range(n):
+        ax.barh(
+            at[i],
+            values[i],
+            height,
+            color=colours[i] if n > 1 else colours,
+            label=labels[i],
+            xerr=None if reach is None else reach[:, i],
+            error_kw=errors,
+        )
+    ax.set_yticks(np.arange(rows), names)
+    for text in ax.get_yticklabels():
+        literally(text)
+    ax.set_ylim(rows - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.locator_params(axis="x", nbins=6)
+    return at
 
 
 def new_axes(ax: Axes | None) -> Axes:
@@ -297,9 +453,38 @@ def facets(
     )
     cells = [_cell(part, dims, key) for key in keys for part in parts.values()]
     both = len(parts) > 1 and len(keys) > 1
-    columns = len(parts) if both else min(len(cells), 3 if len(cells) in (3, 5, 6, 9) else 4)
-    columns = 2 if len(cells) == 4 and not both else columns
-    axes = panels(figure, -(-len(cells) // columns), columns, size)
+    return spread(draw, cells, figure, size, len(parts) if both else None)
+
+
+def spread(
+    draw: Callable[[xr.Dataset, Axes], Any],
+    cells: Sequence[xr.Dataset | None],
+    figure: Figure | SubFigure | None,
+    size: tuple[float, float],
+    columns: int | None = None,
+) -> np.ndarray:
+    """Draw parts of a result in panels, row by row.
+
+    Parameters
+    ----------
+    draw : callable
+        Draws a part in Axes.
+    cells : sequence of Dataset or None
+        None leaves a gap.
+    figure : Figure or SubFigure or None
+    size : tuple of float
+        Of one panel, in inches.
+    columns : int, optional
+        Default as many as fill the rows best.
+
+    Returns
+    -------
+    ndarray of Axes (row, column)
+    """
+    n = len(cells)
+    fitting = 2 if n == 4 else min(n, 3 if n in (3, 5, 6, 9) else 4)
+    columns = columns or fitting
+    axes = panels(figure, -(-n // columns), columns, size)
     for ax, cell in zip_longest(axes.flat, cells):
         if cell is None:
             ax.set_axis_off()
@@ -383,6 +568,11 @@ def holding(result: Any, query: str, *names: str) -> xr.Dataset:
             f"needs {' or '.join(names)}, as actstore.{query} gives"
         )
     return compute(result)
+
+
+def grouping(result: Result) -> list[str]:
+    """The dimension of groups, where the result was split by a label."""
+    return [str(result.attrs["by"])] if "by" in result.attrs else []
 
 
 def check_dims(variable: xr.DataArray, *allowed: str, most: int = 9) -> list[str]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import xarray as xr
 
 from ..errors import UsageError
 from ..stats.layers import LayerProducts
@@ -16,7 +15,7 @@ from .registry import query
 from .result import Result, provenance
 from .rows import check
 from .selection import Data, Names, Numbers, Selection, Tokens, select
-from .units import Unit, lay_out, place_of, rows_of_groups, view_of
+from .units import Unit, labelled, place_of, rows_of_groups, view_of
 
 __all__ = ["layer_covariance"]
 
@@ -118,20 +117,9 @@ def layer_covariance(
         for name, (text, units) in described.items()
     }
     units = [_unit(selection, source.stage, every, per) for source in selection.sources]
-    arrays = lay_out(units, outputs, 2**31)
-    group = selection.groups
-    variables: dict[str, Any] = {}
-    for name, output in outputs.items():
-        dims = ("stage", *([group.name] if group else []), *output.dims)
-        variables[name] = (dims, arrays[name] if group else arrays[name][:, 0], output.attrs)
-    coords: dict[str, Any] = {
-        "stage": np.array([s.stage for s in selection.sources], object),
-        "layer": every,
-        "layer_b": every,
-    }
-    if group:
-        coords[group.name] = group.values
-    made = xr.Dataset(variables, coords)
+    names = np.array([s.stage for s in selection.sources], object)
+    made = labelled(selection, units, "stage", names, outputs, 2**31)
+    made = made.assign_coords(layer=every, layer_b=every)
     made = made.isel(stage=0) if len(selection.sources) == 1 else made
     return made.assign_attrs(provenance("layer_covariance", selection, {"per": per}, 1))
 

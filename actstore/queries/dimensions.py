@@ -17,7 +17,7 @@ from .registry import query
 from .result import Result, provenance
 from .rows import COMPAT, Compat, check
 from .selection import Data, Names, Numbers, Selection, Tokens, select
-from .units import Unit, lay_out, memory_nbytes, place_of, rows_of_groups, sampled, view_of
+from .units import Unit, labelled, memory_nbytes, place_of, rows_of_groups, sampled, view_of
 
 __all__ = ["dimensionality", "intrinsic_dimension", "spectrum"]
 
@@ -332,18 +332,8 @@ def by_layer(
         units.append(Unit(place_of(selection, "layer", layer), asked))
         for rows, own in (pair for pairs in asked for pair in pairs if not sparse):
             passes = max(passes, passes_over(own.views, len(rows.tokens), limit, [own]))
-    arrays = lay_out(units, outputs, limit)
-    group = selection.groups
-    variables = {}
-    for key, output in outputs.items():
-        dims = ("layer", *([group.name] if group else []), *output.dims)
-        variables[key] = (dims, arrays[key] if group else arrays[key][:, 0], output.attrs)
-    coords: dict[str, Any] = {
-        "layer": layers,
-        "stage": np.array([s.stage for s in selection.sources], object),
-    }
-    if group:
-        coords[group.name] = group.values
-    made = xr.Dataset(variables, coords).transpose("stage", "layer", ...)
+    made = labelled(selection, units, "layer", layers, outputs, limit)
+    stages = np.array([s.stage for s in selection.sources], object)
+    made = made.assign_coords(stage=stages).transpose("stage", "layer", ...)
     made = made.isel(stage=0) if len(selection.sources) == 1 else made
     return made.assign_attrs(provenance(name, selection, parameters, passes))

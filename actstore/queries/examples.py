@@ -207,6 +207,8 @@ def _labels(selection: Selection, token: xr.DataArray) -> dict[str, xr.DataArray
     """Labels of tokens by their numbers, as lazy as the numbers are."""
     labels = {}
     for name, text in _LABELS.items():
+        if selection.groups is not None and name == selection.groups.name:
+            continue  # each group is of one value, which its own coordinate says
         try:
             column = selection.column(name)
         except UnknownNameError:

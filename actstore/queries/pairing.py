@@ -47,7 +47,7 @@ class Compared:
     ----------
     dim : str or None
         What the rows are along: "layer" or "stage"; None where there is but one.
-    labels : list
+    labels : sequence
         Of the rows.
     rows : list of Row
     coords : dict
@@ -55,7 +55,7 @@ class Compared:
     """
 
     dim: str | None
-    labels: list[Any]
+    labels: Any
     rows: list[Row]
     coords: Mapping[str, tuple[str, Any]]
 
@@ -205,7 +205,7 @@ def _layer_pairs(selection: Selection, other: Selection, across: bool) -> Compar
     coords = _pair_coords(
         [f"{i}:{j}" for i, j in cross], layer_a=[i for i, _ in cross], layer_b=[j for _, j in cross]
     )
-    return Compared("stage", names, rows, coords)
+    return Compared("stage", np.array(names, object), rows, coords)
 
 
 def _single(selection: Selection, other: Selection, ends: list[Any]) -> Compared:

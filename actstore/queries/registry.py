@@ -28,7 +28,8 @@ COMMON = {
     "by : str, optional": "Label column to split by.",
     "exclude_sinks : str, optional": (
         "Stage. Leave out tokens whose norm there, at its middle layer, is over 10 times the "
-        "median norm (of all tokens). Those norms are read when the query is built."
+        "median norm (of all tokens). Sketches know the norms; of data without sketches that "
+        "layer is read when the query is built."
     ),
 }
 """Selection parameters that every query takes."""

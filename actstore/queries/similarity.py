@@ -19,7 +19,7 @@ from .registry import query
 from .result import Result, provenance
 from .rows import COMPAT, Compat, check
 from .selection import Data, Names, Numbers, Selection, Tokens, select
-from .units import Unit, lay_out, memory_nbytes, rows_of_groups, sampled
+from .units import Unit, labelled, memory_nbytes, rows_of_groups, sampled
 
 __all__ = ["cka", "rsa"]
 
@@ -356,22 +356,10 @@ def _compared(
         for rows, question in (one for own in asked for one in own):
             needed = passes_over(question.views, len(rows.tokens), memory, [question])
             passes = max(passes, needed)
-    arrays = lay_out(units, outputs, memory)
-    group = selection.groups
-    dim = compared.dim or "one"
-    variables = {}
-    for key, output in outputs.items():
-        dims = (dim, *([group.name] if group else []), *output.dims)
-        variables[key] = (dims, arrays[key] if group else arrays[key][:, 0], output.attrs)
-    coords: dict[str, Any] = {dim: compared.labels, **compared.coords}
-    if group:
-        coords[group.name] = group.values
-    made = xr.Dataset(variables, coords)
-    if compared.dim is None:
-        made = made.isel(one=0, drop=True)
-    elif compared.dim == "stage":
-        made = made.assign_coords(stage=np.array(compared.labels, object))
-        made = made.isel(stage=0) if len(compared.labels) == 1 else made
+    made = labelled(selection, units, compared.dim, compared.labels, outputs, memory)
+    made = made.assign_coords(compared.coords)
+    if compared.dim == "stage" and len(compared.labels) == 1:
+        made = made.isel(stage=0)
     attrs = provenance(name, selection, parameters, passes)
     if second is not None:
         attrs |= {

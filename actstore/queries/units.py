@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import dask.array as da
 import numpy as np
+import xarray as xr
 from dask._task_spec import Task, TaskRef
 from dask.base import tokenize
 from dask.utils import parse_bytes
@@ -15,9 +16,18 @@ from dask.utils import parse_bytes
 from ..errors import UsageError
 from .engine import Output, label_arrays, nothing, stack_groups
 from .joint import Answers, Question, Rows, View, run_joint
-from .selection import Selection, Source
+from .selection import Selection, Source, check_free
 
-__all__ = ["Unit", "lay_out", "memory_nbytes", "place_of", "rows_of_groups", "sampled", "view_of"]
+__all__ = [
+    "Unit",
+    "labelled",
+    "lay_out",
+    "memory_nbytes",
+    "place_of",
+    "rows_of_groups",
+    "sampled",
+    "view_of",
+]
 
 LEAST_MEMORY = 2**24
 
@@ -81,6 +91,42 @@ def lay_out(
         results = task(f"groups-{label}", row, call=_listed, of=done)
         task(f"all-{label}", row, call=stack_groups, of=[blank, results])
     return label_arrays(graph, label, len(units), groups, outputs)
+
+
+def labelled(
+    selection: Selection,
+    units: Sequence[Unit],
+    dim: str | None,
+    labels: Sequence[Any],
+    outputs: Mapping[str, Output],
+    memory: int,
+) -> xr.Dataset:
+    """`lay_out` as a dataset.
+
+    Parameters
+    ----------
+    dim : str or None
+        What the units are along; None where there is but one.
+    labels : sequence
+        Of the units.
+    """
+    group = selection.groups
+    check_free(group, outputs)
+    arrays = lay_out(units, outputs, memory)
+    variables: dict[str, Any] = {}
+    for name, output in outputs.items():
+        values = arrays[name] if group else arrays[name][:, 0]
+        dims = (*([group.name] if group else []), *output.dims)
+        one = dim is None
+        variables[name] = (
+            dims if one else (dim, *dims),
+            values[0] if one else values,
+            output.attrs,
+        )
+    coords: dict[str, Any] = {} if dim is None else {dim: labels}
+    if group:
+        coords[group.name] = group.values
+    return xr.Dataset(variables, coords)
 
 
 def _of_rows(rows: Rows, question: OfRows) -> list[Answers]:
