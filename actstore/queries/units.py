@@ -97,7 +97,7 @@ def labelled(
     selection: Selection,
     units: Sequence[Unit],
     dim: str | None,
-    labels: Sequence[Any],
+    labels: Sequence[Any] | np.ndarray,
     outputs: Mapping[str, Output],
     memory: int,
 ) -> xr.Dataset:

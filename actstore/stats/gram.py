@@ -193,7 +193,7 @@ class Jackknife:
         Examples
         --------
         >>> round(Jackknife(np.array([0.5, 0.52, 0.48])).reach(), 2)
-        0.19
+        0.13
         """
         from scipy.stats import t
 
