@@ -146,8 +146,9 @@ def sketch_objects(
         objects = sketch.merge([stage], plan.n_tokens, len(strata.names), metadata, load)
         return put_all(storage, objects)
 
+    largest = max(sketch.merge_nbytes(stage, len(strata.names)) for stage in plan.stages)
     digests: dict[str, Digest] = {}
-    with ThreadPoolExecutor(2) as pool:  # each holds a stage's totals
+    with ThreadPoolExecutor(2 if 2 * largest <= plan.buffer else 1) as pool:
         for own in pool.map(merged, plan.stages):
             digests |= own
     return digests

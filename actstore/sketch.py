@@ -317,6 +317,13 @@ def merge(
         yield from drain.objects()
 
 
+def merge_nbytes(stage: StagePlan, n_strata: int) -> int:
+    """About what merging a stage's sketches takes: its totals, and as much again in passing."""
+    cells = len(stage.layers) * n_strata * stage.layout.width
+    lists = 2 * RANKS * (np.dtype(np.float32).itemsize + np.dtype(np.int64).itemsize)
+    return cells * 3 * (lists + 8 * len(MOMENTS))
+
+
 class _Total:
     """Running totals of one stage over blocks in order."""
 

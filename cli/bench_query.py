@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .bench_similarity import profile
+from .bench_similarity import peak_memory, profile
 from .output import print_json, print_table, say, size
 
 __all__ = ["query"]
@@ -42,7 +41,7 @@ def query(
         took, plain = profile(Path(scratch), repeats)
         what = "dimensionality + rsa, 12 layers x 4 stages, 500 tokens"
         rows.append(_row(what, took["ours"], plain, took["plain"]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     if as_json:
         print_json({"rows": rows, "peak_bytes": peak})
         return
