@@ -292,7 +292,7 @@ def fill(
     """
     plan, device = writer.plan, _device(model)
     staged = device.type != "cpu" if staged is None else staged
-    writer.hold = device.type == "cpu"
+    writer.hold = not staged  # staged values are put by a thread of their own
     layer_index = {s.name: {n: i for i, n in enumerate(s.layers)} for s in plan.stages}
     for index, group in enumerate(plan.passes):
         mine = [p for p in points if layer_index[p.stage][p.layer] in group[p.stage]]

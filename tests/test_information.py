@@ -296,6 +296,12 @@ def test_covariance_alone(store):
         ({"estimator": "gaussian"}, UnknownNameError, "did you mean 'gaussian-copula'"),
         ({"axis": "layer"}, UnknownNameError, "value of axis"),
         ({"axis": "neuron", "tokens_b": "position > 0"}, UsageError, "leave it out"),
+        ({"null": 5, "reduce": "mean"}, UsageError, "leave out reduce"),
+        (
+            {"correction": "miller-madow", "estimator": "gaussian-copula"},
+            UsageError,
+            "has its own",
+        ),
         ({"reduce": "median"}, UnknownNameError, "value of reduce"),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+
+import dask
 import numpy as np
 import pytest
 import xarray as xr
@@ -592,6 +595,64 @@ def test_pairs_have_contexts(store):
         token = int(result[f"token_{side}"][0, 1])
         assert result[f"context_{side}"][0, 1].item() == opened.decode(token, before=9)
         assert result[f"next_{side}"][0, 1].item() == opened.decode(token, before=-1, after=1)
+
+
+def test_values_that_are_not_finite():
+    acts = data("normal", 40, 6)
+    acts[3, 2], acts[9, 0] = np.nan, np.inf
+    finite = np.delete(acts, [3, 9], axis=0)
+    for center in (False, True):
+        got, want = (
+            actstore.compute(
+                actstore.cosine_pairs(xr.DataArray(x, dims=("token", "neuron")), center=center)
+            )
+            for x in (acts, finite)
+        )
+        np.testing.assert_array_equal(got["counts"], want["counts"])
+        np.testing.assert_allclose(got["cosine"], want["cosine"])
+    frame = xr.DataArray(acts, dims=("token", "neuron"))
+    assert np.isnan(actstore.compute(actstore.dimensionality(frame))["effective_dimension"]).all()
+
+
+def test_contexts_are_of_the_store_that_is_asked(tmp_path):
+    path = tmp_path / "a.zarr"
+    for lengths in ([300, 300], [600]):  # another store at the same place
+        opened, _ = make(path, lengths=lengths, zeros=False)
+        result = actstore.compute(actstore.cosine_pairs(opened, stages="mlp_in", layers=0))
+        token = int(result["token_b"][0, 0])
+        assert result["context_b"][0, 0].item() == opened.decode(token, before=9)
+        shutil.rmtree(path)
+
+
+def test_what_does_not_fit_together_is_asked_apart(tmp_path):
+    """Two stages at a time fit the memory; all four that both questions name do not."""
+    names = ("a", "b", "c", "d")
+    plan = plan_of(bare_corpus([300, 300]), [StageSpec(n, (0,), 16) for n in names], 64)
+    values = {n: data("normal", 600, 16, seed=i)[None] for i, n in enumerate(names)}
+    write_store(tmp_path / "a.zarr", plan, values)
+    opened = actstore.open(tmp_path / "a.zarr")
+    asked = {"memory": "16MiB", "compare": "spearman"}
+    both = actstore.compute(
+        actstore.rsa(opened, stages="a,b", **asked), actstore.rsa(opened, stages="c,d", **asked)
+    )
+    for result, (a, b) in zip(both, (("a", "b"), ("c", "d")), strict=True):
+        want = reference_rsa(values[a][0], values[b][0], ranks=True)
+        assert result["rsa"].item() == pytest.approx(want, abs=1e-5)
+    with pytest.raises(UsageError, match=r"for 4 stages and layers take 0\.0 GB.*raise memory"):
+        actstore.rsa(opened, stages="a,b,c,d", **asked)
+
+
+def test_values_are_not_hashed_to_lay_a_query_out(monkeypatch):
+    """An array of the user's own may be large; what identifies it is known."""
+    hashed = []
+    register = dask.base.normalize_token
+    monkeypatch.setattr(
+        dask.base, "normalize_token", lambda x: (hashed.append(np.size(x)), register(x))[1]
+    )
+    frame = xr.DataArray(np.ones((3, 500, 70), "f4"), dims=("layer", "token", "neuron"))
+    actstore.rsa(frame, pairs="layers")
+    actstore.cosine_matrix(frame)
+    assert max(hashed, default=0) < frame.size // 3
 
 
 def test_gaussian_baseline(store):

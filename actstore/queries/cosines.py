@@ -1,4 +1,4 @@
-"""Cosines between tokens: the matrix, the distribution over pairs, and what normal data give."""
+"""Cosines of pairs of tokens: their distribution, and what normal data give."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import xarray as xr
+from dask.delayed import delayed
 
 from ..errors import UsageError
-from ..stats.cosines import Blocks, cosines, edges_of, normal_rows
+from ..stats.cosines import Blocks, cosines, normal_rows
 from ..stats.products import in_space
 from ..store import open_store
 from .dimensions import by_layer
@@ -19,10 +21,11 @@ from .engine import Output
 from .joint import Answers, Rows, View
 from .registry import query
 from .result import Result
+from .rows import fractions_of
 from .selection import Data, Names, Numbers, Tokens, select
 from .units import rows_of_groups, sampled
 
-__all__ = ["cosine_pairs", "gaussian_baseline"]
+__all__ = ["bin_edges", "cosine_pairs", "gaussian_baseline"]
 
 CONTEXT = 9
 """Tokens of context shown before a token."""
@@ -37,8 +40,8 @@ class _Pairs:
 
     Attributes
     ----------
-    store : str
-        Where contexts are read; "" where there are none.
+    store : tuple of str, or None
+        Path and identity of the store that contexts are read from.
     order : int
         Seed of the order in which tokens make two halves.
     """
@@ -49,7 +52,7 @@ class _Pairs:
     center: bool
     split: bool
     order: int
-    store: str
+    store: tuple[str, str] | None
 
     def of_rows(self, rows: Rows) -> Answers:
         tokens = rows.tokens
@@ -65,16 +68,14 @@ class _Pairs:
     def _of(self, view: View, tokens: np.ndarray) -> Answers:
         rows = _UnitRows(view, tokens, self.center)
         found = cosines(Blocks(len(tokens), rows.read, self.split), self.edges, self.quantiles)
-        inside = found.counts.sum()
         with np.errstate(invalid="ignore", divide="ignore"):
-            density = found.counts / (inside * np.diff(self.edges))
             matching = np.float64(1) / found.mean_square
         there = found.first >= 0
         token_a = np.where(there, tokens[found.first], -1)
         token_b = np.where(there, tokens[found.second], -1)
         answers: Answers = {
             "counts": found.counts,
-            "density": density,
+            "density": _density(found.counts, self.edges),
             "below": np.array(found.below),
             "above": np.array(found.above),
             "mean": np.array(found.mean),
@@ -97,15 +98,16 @@ def _missing(like: np.ndarray) -> np.ndarray:
     return np.full_like(like, blank)
 
 
-def _context(store: str, token: int) -> tuple[str, str]:
+def _context(store: tuple[str, str], token: int) -> tuple[str, str]:
     """The text up to a token, and what comes next in the corpus."""
-    opened = _opened(store)
+    opened = _opened(*store)
     return opened.decode(token, before=CONTEXT), opened.decode(token, before=-1, after=1)
 
 
 @lru_cache(maxsize=4)
-def _opened(store: str) -> Any:
-    return open_store(store)
+def _opened(path: str, identity: str) -> Any:
+    """By its identity, too: another store may lie at the path later."""
+    return open_store(path)
 
 
 class _UnitRows:
@@ -118,21 +120,30 @@ class _UnitRows:
         few = 8 * len(tokens) * view.width <= _HELD_NBYTES
         if few or center:
             step = max(1, _HELD_NBYTES // (16 * view.width))
-            parts, total = [], np.zeros(view.width)
+            parts, total, count = [], np.zeros(view.width), 0
             for top in range(0, len(tokens), step):
                 values = self._values(tokens[top : top + step])
-                total += values.sum(0)
+                finite = np.isfinite(values).all(1)
+                total += values.sum(0, where=finite[:, np.newaxis])
+                count += int(finite.sum())
                 if few:
                     parts.append(values)
             if center:
-                self._mean = total / max(len(tokens), 1)
+                self._mean = total / max(count, 1)
             if few and parts:
-                self._held = in_space(np.concatenate(parts) - self._mean, "cosine")[0]
+                self._held = self._unit(np.concatenate(parts))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         if self._held is not None:
             return self._held[start:stop]
-        return in_space(self._values(self._tokens[start:stop]) - self._mean, "cosine")[0]
+        return self._unit(self._values(self._tokens[start:stop]))
+
+    def _unit(self, values: np.ndarray) -> np.ndarray:
+        """Directions; 0 where there is none, as of NaN and inf."""
+        with np.errstate(invalid="ignore"):
+            rows = in_space(values - self._mean, "cosine")[0]
+        rows[~np.isfinite(rows).all(1)] = 0
+        return rows
 
     def _values(self, tokens: np.ndarray) -> np.ndarray:
         order = np.argsort(tokens)
@@ -187,7 +198,7 @@ def cosine_pairs(
         each quantile (stage, layer, quantile) the cosine, token_a and token_b, from a store also
         the text up to each (context_a, context_b) and the corpus's next token (next_a, next_b).
         matching_dimension (stage, layer) is that of the isotropic normal whose cosines are as
-        wide, 1 / mean(cos^2). Tokens whose values are all 0 make no pairs.
+        wide, 1 / mean(cos^2). Tokens whose values are all 0, or not all finite, make no pairs.
 
     Examples
     --------
@@ -198,10 +209,10 @@ def cosine_pairs(
     ([[0, 0, 1, 2]], [[0.8]])
     """
     selection = select(data, stages, layers, tokens, neurons, by, exclude_sinks)
-    edges, fractions = _edges(bins, range), _fractions(quantiles)
+    edges, fractions = bin_edges(bins, range), fractions_of("quantiles", quantiles)
     if n < 0 or n == 1:
         raise UsageError(f"n is {n}: give at least 2 tokens, or 0 for all")
-    store = selection.path
+    store = (selection.path, selection.attrs["store_id"]) if selection.path else None
     count, q = len(selection.sources), len(fractions)
     outputs = _histogram_outputs(count, len(edges) - 1)
     each = {"cosine": "cosine of the pair", "token_a": "its token", "token_b": "its other token"}
@@ -303,7 +314,7 @@ def gaussian_baseline(
     ([20.0], ('dimension', 'bin'))
     """
     selection = select(data, stages, layers, tokens, neurons, by, exclude_sinks)
-    edges = _edges(bins, range)
+    edges = bin_edges(bins, range)
     asked = [s.width for s in selection.sources] if dimensions is None else dimensions
     chosen = list(dict.fromkeys(np.atleast_1d(np.asarray(asked, np.float64)).tolist()))
     bad = [d for d in chosen if not (1 <= d <= 10**6 and d == int(d))]
@@ -318,7 +329,7 @@ def gaussian_baseline(
     outputs["matching_density"] = every["density"]
 
     def question(views: tuple[View | None, ...], rows: Rows) -> _Baseline:
-        return _Baseline(views, edges, (), center, False, seed, "", n)
+        return _Baseline(views, edges, (), center, False, seed, None, n)
 
     parameters = {
         "dimensions": [int(d) for d in chosen],
@@ -333,9 +344,10 @@ def gaussian_baseline(
     made = by_layer("gaussian_baseline", selection, question, outputs, parameters, rows_of=rows_of)
     if not match:
         made = made.drop_vars(list(outputs))
-    counts = np.stack([_normal_counts(n, int(d), seed, edges) for d in chosen])
+    bins_of = [delayed(_normal_density)(n, int(d), seed, edges) for d in chosen]
+    drawn = da.stack([da.from_delayed(one, (len(edges) - 1,), np.float64) for one in bins_of])
     attrs = {"long_name": "probability density of normal data", "units": "1"}
-    density = xr.Variable(("dimension", "bin"), _density(counts, edges), attrs)
+    density = xr.Variable(("dimension", "bin"), drawn, attrs)
     made = made.assign(density=density).assign_coords(dimension=[int(d) for d in chosen])
     return _with_edges(made, edges)
 
@@ -343,6 +355,10 @@ def gaussian_baseline(
 def _normal_counts(n: int, dimensions: int, seed: int, edges: np.ndarray) -> np.ndarray:
     rows = normal_rows(n, dimensions, seed)
     return cosines(Blocks(n, lambda a, b: rows[a:b]), edges, ()).counts
+
+
+def _normal_density(n: int, dimensions: int, seed: int, edges: np.ndarray) -> np.ndarray:
+    return _density(_normal_counts(n, dimensions, seed, edges), edges)
 
 
 def _density(counts: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -373,22 +389,17 @@ def _with_edges(made: xr.Dataset, edges: np.ndarray) -> xr.Dataset:
     )
 
 
-def _edges(bins: int | Sequence[float], limits: Sequence[float]) -> np.ndarray:
+def bin_edges(bins: int | Sequence[float], limits: Sequence[float]) -> np.ndarray:
     ends = np.asarray(limits, np.float64)
     if ends.shape != (2,) or not ends[0] < ends[1]:
         raise UsageError(f"range {limits!r}: give two numbers, the smaller first, such as (-1, 1)")
     if isinstance(bins, int) and not 1 <= bins <= MAX_BINS:
         raise UsageError(f"bins is {bins}: it must be from 1 to {MAX_BINS:,}")
-    edges = edges_of(bins, (float(ends[0]), float(ends[1])))
+    edges = (
+        np.linspace(ends[0], ends[1], bins + 1)
+        if isinstance(bins, int)
+        else np.asarray(bins, np.float64)
+    )
     if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
         raise UsageError("bins, given as edges, must be two or more numbers in ascending order")
     return edges
-
-
-def _fractions(quantiles: float | Sequence[float]) -> tuple[float, ...]:
-    fractions = tuple(float(f) for f in np.atleast_1d(np.asarray(quantiles, np.float64)))
-    bad = [f for f in fractions if not 0 <= f <= 1]
-    if bad:
-        hint = f"; the {bad[0]:g}th percentile is {bad[0] / 100:g}" if 1 < bad[0] <= 100 else ""
-        raise UsageError(f"quantiles holds {bad[0]:g}: fractions go from 0 to 1{hint}")
-    return fractions

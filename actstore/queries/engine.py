@@ -23,7 +23,7 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
 from ..stats.streaming import State, Statistic
-from .joint import goes_by_grams, run_joint
+from .joint import fits, goes_by_grams, run_joint
 from .lanes import Lane, run_lane
 from .selection import Selection, Source, check_free
 from .shortcut import SketchedLayer, from_sketch
@@ -312,10 +312,10 @@ def share_reads(graph: Mapping[Any, Any]) -> dict[Any, Any]:
             merged[shared] = Task(shared, run_lane, TaskRef(lane), *asked)
             merged |= {k: Task(k, _one_of, TaskRef(shared), i) for i, k in enumerate(keys)}
     for (place, rows), keys in joint.items():
-        if len(keys) > 1:
+        memory = max(graph[k].args[1] for k in keys)
+        questions = [graph[k].args[2] for k in keys]
+        if len(keys) > 1 and fits(graph[rows].args[0], memory, *questions):
             shared = ("shared-joint", place, *rows)
-            memory = max(graph[k].args[1] for k in keys)
-            questions = [graph[k].args[2] for k in keys]
             merged[shared] = Task(shared, run_joint, TaskRef(rows), memory, *questions)
             merged |= {k: Task(k, _one_of, TaskRef(shared), i) for i, k in enumerate(keys)}
     return merged

@@ -191,6 +191,10 @@ def mutual_information(
         raise UsageError(f"bins is {bins}: it must be from 1 to {MAX_BINS}")
     if null < 0 or null == 1:
         raise UsageError(f"null is {null}: give 0, or at least 2 permutations")
+    if null and reduce:
+        raise UsageError("null is given for each pair: leave out reduce, or null")
+    if correction and estimator != "histogram":
+        raise UsageError(f"correction={correction!r} is of the histogram; {estimator} has its own")
     measured = _Measured(bins, outlier_threshold, correction, null, seed, estimator)
     names = ("mutual_information", "covariance", *(("null_mean", "null_std") if null else ()))
     parameters = {
@@ -469,7 +473,7 @@ def _reduced(
     reduce, bins, axis = (parameters[k] for k in ("reduce", "reduce_bins", "axis"))
     if not 1 <= bins <= 10_000:
         raise UsageError(f"reduce_bins is {bins}: it must be from 1 to 10,000")
-    n, kept = len(selection.sources), tuple(n for n in names if not n.startswith("null"))
+    n, kept = len(selection.sources), tuple(names)
     outputs = {}
     for own in kept:
         text, units = _DESCRIBED[own]

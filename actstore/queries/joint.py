@@ -30,6 +30,7 @@ __all__ = [
     "Rows",
     "Streamed",
     "View",
+    "fits",
     "goes_by_grams",
     "passes_over",
     "run_joint",
@@ -77,6 +78,9 @@ class View:
     def width(self) -> int:
         return len(self.neurons)
 
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        return "view", self.stage, *self.key  # the values need not be hashed
+
     def read(self, tokens: np.ndarray) -> np.ndarray:
         """Values (token, neuron) of ascending token numbers, without reading wide gaps."""
         whole = self.width == self.array.shape[2]
@@ -118,6 +122,9 @@ class Rows:
     def token(self) -> str:
         """What identifies the choice."""
         return tokenize(self.n_tokens, self.mask)
+
+    def __dask_tokenize__(self) -> tuple[str, str]:
+        return "rows", self.token
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -226,7 +233,8 @@ def run_joint(rows: Rows, memory: int, *questions: Question) -> list[Answers]:
     keep_memory()
     views = list({v.key: v for q in questions for v in q.views}.values())
     plan = _Plan(views, len(rows.tokens), memory, questions)
-    with _lease(plan.nbytes, memory):
+    # NaN and inf in the data are NaN in the answers, without a word on the way.
+    with _lease(plan.nbytes, memory), np.errstate(invalid="ignore"):
         if plan.by_grams:
             return _answer_by_grams(rows, plan)
         return _answer_by_products(rows, plan)
@@ -253,6 +261,15 @@ def goes_by_grams(rows: Rows, memory: int, *questions: Question) -> bool:
     """Whether `run_joint` would."""
     views = list({v.key: v for q in questions for v in q.views}.values())
     return _Plan(views, len(rows.tokens), memory, questions).by_grams
+
+
+def fits(rows: Rows, memory: int, *questions: Question) -> bool:
+    """Whether questions can be answered together; those that can be one by one need not."""
+    try:
+        goes_by_grams(rows, memory, *questions)
+    except UsageError:
+        return False
+    return True
 
 
 class _Plan:

@@ -16,6 +16,7 @@ from dask.highlevelgraph import HighLevelGraph
 
 from ..errors import UnknownNameError, UsageError
 from ..stats.products import in_space
+from .cosines import bin_edges
 from .dimensions import by_layer
 from .engine import Output
 from .joint import Answers, Rows, View
@@ -176,15 +177,10 @@ def _comparisons(
         other = _other(selection, second, source, stage_b)
         neurons = selection.neurons[source.stage]
         chosen = neurons if other.width == source.width else np.arange(other.width)
-        if metric == "euclidean" and len(chosen) != len(neurons):
+        if len(chosen) != len(neurons):
             raise UsageError(
                 f"stages {source.stage} and {other.stage} have {len(neurons)} and {len(chosen)} "
-                "neurons: distances need as many of both"
-            )
-        if metric != "euclidean" and len(chosen) != len(neurons):
-            raise UsageError(
-                f"stages {source.stage} and {other.stage} have {len(neurons)} and {len(chosen)} "
-                "neurons: a cosine needs as many of both; rsa and cka compare any two"
+                f"neurons: {metric} needs as many of both; rsa and cka compare any two"
             )
         for layer in selection.layers[source.stage]:
             if layer in other.layers:
@@ -395,13 +391,6 @@ def _reduced(
 
 
 def _edges(bins: int | Sequence[float], metric: str) -> np.ndarray:
-    if isinstance(bins, int):
-        if metric == "euclidean":
-            raise UsageError("reduce_bins: give edges for distances, such as 0:50:101")
-        if not 1 <= bins <= 100_000:
-            raise UsageError(f"reduce_bins is {bins}: it must be from 1 to 100,000")
-        return np.linspace(-1, 1, bins + 1)
-    edges = np.asarray(bins, np.float64)
-    if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
-        raise UsageError("reduce_bins, given as edges, must be two or more ascending numbers")
-    return edges
+    if isinstance(bins, int) and metric == "euclidean":
+        raise UsageError("reduce_bins: give edges for distances, such as 0:50:101")
+    return bin_edges(bins, (-1, 1))

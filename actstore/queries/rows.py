@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ __all__ = [
     "Per",
     "check",
     "element",
+    "fractions_of",
     "groups_of",
     "per_neuron",
     "row_dims",
@@ -28,6 +29,8 @@ PER = ("layer", "head", "neuron")
 
 Compat = Literal["textbook", "notebook"]
 COMPAT = ("textbook", "notebook")
+
+MAX_FRACTIONS = 1000
 
 
 def check(parameter: str, value: Any, allowed: Iterable[Any]) -> None:
@@ -73,3 +76,17 @@ def _heads(source: Source) -> np.ndarray:
             f"stage {source.stage} is not made of heads: per='head' works on attn_z only"
         )
     return source.heads
+
+
+def fractions_of(parameter: str, values: float | Sequence[float]) -> tuple[float, ...]:
+    """Quantiles asked for, each from 0 to 1."""
+    fractions = tuple(float(f) for f in np.atleast_1d(np.asarray(values, np.float64)))
+    if not 1 <= len(fractions) <= MAX_FRACTIONS:
+        raise UsageError(
+            f"{parameter} has {len(fractions):,} fractions: give 1 to {MAX_FRACTIONS:,}"
+        )
+    bad = [f for f in fractions if not 0 <= f <= 1]
+    if bad:
+        hint = f"; the {bad[0]:g}th percentile is {bad[0] / 100:g}" if 1 < bad[0] <= 100 else ""
+        raise UsageError(f"{parameter} holds {bad[0]:g}: fractions go from 0 to 1{hint}")
+    return fractions

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError
 from ..stats.histogram import Histogram
 from ..stats.moments import Moments
 from ..stats.quantiles import Quantiles, following
@@ -16,12 +15,10 @@ from ..stats.shape import NormalDistance, normal_grid
 from .engine import Output, Pass, stream
 from .registry import query
 from .result import Result, assemble
-from .rows import PER, Per, check, element, groups_of, row_dims
+from .rows import PER, Per, check, element, fractions_of, groups_of, row_dims
 from .selection import Data, Names, Numbers, Source, Tokens, select
 
 __all__ = ["mean_activation", "moments", "normality", "quantiles"]
-
-MAX_Q = 1000
 
 _MOMENTS = {
     "count": ("values", "1"),
@@ -240,7 +237,7 @@ def quantiles(
     """
     selection = select(data, stages, layers, tokens, neurons, by, exclude_sinks)
     check("per", per, PER)
-    fractions = _fractions(q)
+    fractions = fractions_of("q", q)
 
     def passes(source: Source, chosen: np.ndarray) -> list[Pass]:
         groups = groups_of(source, chosen, per)
@@ -272,14 +269,3 @@ def quantile_passes(search: Quantiles, whole: bool) -> list[Pass]:
     """All the passes of a search; over whole layers, sketches know the first 16 bits."""
     known = whole and search.rows == 1 and search.digit == 16
     return [Pass(search, sketch=known), *[Pass(following)] * (search.passes - 1)]
-
-
-def _fractions(q: float | Sequence[float]) -> tuple[float, ...]:
-    fractions = tuple(float(f) for f in np.atleast_1d(np.asarray(q, np.float64)))
-    if not 1 <= len(fractions) <= MAX_Q:
-        raise UsageError(f"q has {len(fractions):,} fractions: give 1 to {MAX_Q:,}")
-    bad = [f for f in fractions if not 0 <= f <= 1]
-    if bad:
-        hint = f"; the {bad[0]:g}th percentile is {bad[0] / 100:g}" if 1 < bad[0] <= 100 else ""
-        raise UsageError(f"q holds {bad[0]:g}: fractions go from 0 to 1{hint}")
-    return fractions

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Blocks", "Cosines", "cosines", "edges_of", "normal_rows"]
+__all__ = ["Blocks", "Cosines", "cosines", "normal_rows"]
 
 _BLOCK = 1024
 _FINE = 65_536
@@ -149,13 +149,6 @@ def _at_ranks(blocks: Blocks, ranks: list[int], fine: np.ndarray) -> list[tuple[
         at = order[rank - (ends[b - 1] if b else 0)]
         found.append((float(values[at]), int(first[at]), int(second[at])))
     return found
-
-
-def edges_of(bins: int | Sequence[float], limits: tuple[float, float]) -> np.ndarray:
-    """Bin edges: evenly spaced between limits, or as given."""
-    if isinstance(bins, int):
-        return np.linspace(*limits, bins + 1)
-    return np.asarray(bins, np.float64)
 
 
 def normal_rows(n: int, dimensions: int, seed: int) -> np.ndarray:

@@ -38,7 +38,7 @@ def variances(scatter: np.ndarray, n: int, most: int) -> np.ndarray:
     >>> variances(x.T @ x, 4, 2).round(3).tolist()
     [2.667, 0.667]
     """
-    if n < 2:
+    if n < 2 or not np.isfinite(scatter).all():
         return np.full(most, np.nan)
     values = np.linalg.eigvalsh(scatter)[::-1][:most]
     return np.maximum(values, 0) / (n - 1)
