@@ -83,6 +83,13 @@ class BufferPool:
             self._free[nbytes].append(buffer)
             self._changed.notify_all()
 
+    def drop_free(self) -> None:
+        """Give unused buffers back to the system."""
+        with self._changed:
+            for size, buffers in self._free.items():
+                self._allocated -= size * len(buffers)
+                buffers.clear()
+
     def fail(self, error: BaseException) -> None:
         """Make every waiting and later `acquire` raise `error`."""
         with self._changed:

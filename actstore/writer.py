@@ -176,6 +176,8 @@ class Writer:
             if error is None:
                 self._pool.check()
                 if all(not m.any() for m in self.missing):
+                    self._pool.drop_free()  # merging the sketches takes memory of its own
+                    self._sketcher = None
                     with self._disk_errors(str(self.storage.root)):
                         self._seal()
         finally:
