@@ -18,11 +18,20 @@ from torch import Tensor, nn
 from .errors import CaptureError, ModelError, UnknownNameError, UsageError
 from .hookpoints import HookPoint
 
-__all__ = ["Capture", "base_model", "batch_inputs", "capture", "module_at", "probe"]
+__all__ = ["Capture", "base_model", "batch_inputs", "capture", "module_at", "probe", "unwrapped"]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` and data parallelism wrap round it."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
+        model, "_orig_mod"
+    ):
+        model = getattr(model, "_orig_mod", None) or model.module  # type: ignore[assignment]
+    return model
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model without its head, which nothing that we store needs.
+    """The model without its head, which activations do not need; `head.Head` is for the rest.
 
     Parameters
     ----------
@@ -35,10 +44,7 @@ def base_model(model: nn.Module) -> nn.Module:
     ModelError
         For an encoder-decoder.
     """
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
-        model, "_orig_mod"
-    ):
-        model = getattr(model, "_orig_mod", None) or model.module  # type: ignore[assignment]
+    model = unwrapped(model)
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         family = getattr(config, "model_type", type(model).__name__)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,11 @@ from torch import Tensor, nn
 from .capture import base_model, batch_inputs, capture, probe
 from .corpus import Corpus, build
 from .errors import ModelError, PlanError
+from .head import Head, digest_of, last_hidden, predict
 from .hookpoints import HookPoint, head_count, resolve
 from .plan import Batch, Plan, StageSpec
 from .schema import MLP_STAGES
+from .tables import split
 from .tokenise import token_texts
 from .writer import Writer
 
@@ -76,6 +79,8 @@ def dump(
     padding_side: str = "right",
     sketch: bool = True,
     sketch_by: str | None = None,
+    predictions: int = 0,
+    outcomes: bool = False,
     rank: int = 0,
     world_size: int = 1,
     threads: int | None = None,
@@ -92,7 +97,8 @@ def dump(
     Parameters
     ----------
     model : Module
-        A transformers model, loaded, on its device, with or without a head.
+        A transformers model, loaded, on its device, with or without a head; with it for
+        `predictions` and `outcomes`.
     tokenizer : tokenizer or None
         None where `sequences` are token ids.
     sequences : Corpus or iterable
@@ -118,6 +124,12 @@ def dump(
         Make statistics while writing, which later answer most questions at once.
     sketch_by : str, optional
         A text label of at most 64 values, which the sketches keep apart.
+    predictions : int
+        Keep this many of the model's own likeliest next tokens of every token, with their
+        probabilities.
+    outcomes : bool
+        Keep of every token how its prediction comes out: loss, entropy, and the rank of the true
+        next token. Expressions know them: ``"loss > 5"``.
     rank, world_size : int
         This process's share where several write the same store.
     threads : int, optional
@@ -168,6 +180,8 @@ def dump(
         name=name,
         sketch=sketch,
         sketch_by=sketch_by,
+        predictions=predictions,
+        outcomes=outcomes,
     )
     words = vocabulary(tokenizer, vocab_size(model)) if tokenizer is not None else None
     with Writer(
@@ -179,7 +193,7 @@ def dump(
         threads=threads,
         allow_nonfinite=allow_nonfinite,
     ) as writer:
-        fill(base_model(model), points, writer, progress)
+        fill(model, points, writer, progress)
     if not writer.sealed:
         return None
     from .store import open_store
@@ -223,8 +237,11 @@ def plan_model(
     name: str | None = None,
     sketch: bool = True,
     sketch_by: str | None = None,
+    predictions: int = 0,
+    outcomes: bool = False,
 ) -> tuple[Plan, list[HookPoint]]:
     """Plan a dump; see `dump` for the parameters. Works on a model on the meta device, too."""
+    head = _head(model, predictions) if predictions or outcomes else None
     model = base_model(model)
     config = _config(model)
     points = resolve(config, stages, layers)
@@ -257,11 +274,26 @@ def plan_model(
         passes=passes,
         batch_tokens=batch_tokens or _BATCH_TOKENS.get(device.type, 1024),
         padding_side=padding_side,
-        provenance=_provenance(model, tokenizer, device, name),
+        provenance=_provenance(model, tokenizer, device, name, head),
         sketch=sketch,
         sketch_by=sketch_by,
+        predictions=predictions,
+        outcomes=outcomes,
     )
     return plan, points
+
+
+def _head(model: nn.Module, predictions: int) -> Head:
+    """The head of a model that is to predict, looked at closely where it has weights."""
+    head = Head(model)
+    if predictions > head.vocab_size:
+        raise PlanError(
+            f"predictions is {predictions}, more than the {head.vocab_size} tokens that "
+            f"{type(head.model).__name__} tells apart: ask for fewer"
+        )
+    if _device(model).type != "meta":
+        head.check()
+    return head
 
 
 # -- filling -------------------------------------------------------------------------------
@@ -279,7 +311,7 @@ def fill(
     Parameters
     ----------
     model : Module
-        Without its head.
+        With its head where the plan asks for predictions or outcomes.
     points : sequence of HookPoint
         What to capture.
     writer : Writer
@@ -290,25 +322,29 @@ def fill(
         Whether values go through staging buffers. Default: yes on a GPU. On the CPU only tests
         ask for it.
     """
-    plan, device = writer.plan, _device(model)
+    plan, device, base = writer.plan, _device(model), base_model(model)
     staged = device.type != "cpu" if staged is None else staged
     writer.hold = not staged  # staged values are put by a thread of their own
     layer_index = {s.name: {n: i for i, n in enumerate(s.layers)} for s in plan.stages}
     for index, group in enumerate(plan.passes):
         mine = [p for p in points if layer_index[p.stage][p.layer] in group[p.stage]]
+        head = Head(model) if plan.tables and index == 0 else None  # one pass is enough
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(_evaluating(model))
+            stack.enter_context(_evaluating(head.model if head else base))
             staging = None
             if staged:
                 staging = stack.enter_context(_Staging(device, _largest_rows(plan)))
-            sink = _Sink(writer, mine, staging)
-            watch = stack.enter_context(capture(model, mine, sink))
+            sink = _Sink(writer, mine, staging, head)
+            watch = stack.enter_context(capture(base, mine, sink))
             for seen, batch in zip(_running_tokens(plan), plan.batches, strict=True):
                 if writer.wants(plan.batch_blocks(batch), index):
-                    sink.pieces = _pieces(*plan.batch_places(batch), device)
+                    source, token = plan.batch_places(batch)
+                    sink.pieces = _pieces(source, token, device)
                     with suppress(_Enough):
-                        model(**batch_kwargs(plan, batch, model))
+                        output = base(**batch_kwargs(plan, batch, base))
+                        if head is not None:
+                            sink.predict(last_hidden(output), source, token)
                     watch.done()
                     writer.catch_up()
                 if progress is not None:
@@ -331,10 +367,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 class _Sink:
     """Takes what the hooks see to the writer, for the batch whose `pieces` are set."""
 
-    def __init__(self, writer: Writer, points: Sequence[HookPoint], staging: _Staging | None):
+    def __init__(
+        self,
+        writer: Writer,
+        points: Sequence[HookPoint],
+        staging: _Staging | None,
+        head: Head | None,
+    ) -> None:
         layouts = {s.name: s.layout for s in writer.plan.stages}
         self._targets = [getattr(torch, layouts[p.stage].source_dtype) for p in points]
-        self._writer, self._points, self._staging = writer, points, staging
+        self._writer, self._points, self._staging, self._head = writer, points, staging, head
         self._received = 0
         self.pieces: list[tuple[slice | Tensor, int]] = []
 
@@ -342,15 +384,39 @@ class _Sink:
         point = self._points[i]
         rows = values.reshape(-1, values.shape[-1])
         for source, token in self.pieces:
-            part = _cast(rows[source], self._targets[i])
-            if self._staging is None:
-                self._writer.put(point.stage, point.layer, token, _numpy(part))
-            else:
-                self._staging.send(part, self._writer, point, token)
+            put = partial(self._writer.put, point.stage, point.layer, token)
+            self._send(_cast(rows[source], self._targets[i]), put)
         self._received += 1
         if self._received == len(self._points):
             self._received = 0
-            raise _Enough  # the rest of the model is not needed; `probe` has run a whole pass
+            if self._head is None:
+                raise _Enough  # the rest is not needed; `probe` has run a whole pass
+
+    def _send(self, values: Tensor, put: Callable[[np.ndarray], None]) -> None:
+        if self._staging is None:
+            put(_numpy(values))
+        else:
+            self._staging.send(values, put)
+
+    def predict(self, hidden: Tensor, source: np.ndarray, token: np.ndarray) -> None:
+        """Have the head predict what comes after each kept token, from the last hidden state."""
+        if self._head is None:
+            return
+        plan, device = self._writer.plan, hidden.device
+        rows = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(source).to(device)]
+        following = torch.from_numpy(plan.next_token[token]).to(device)
+        made = predict(self._head, rows, following, plan.predictions, plan.outcomes)
+        self._send(made, partial(_put_tables, self._writer, token))
+
+
+def _put_tables(writer: Writer, token: np.ndarray, rows: np.ndarray) -> None:
+    for run in _runs(token):
+        writer.put_tables(int(token[run[0]]), split(writer.plan, rows[run]))
+
+
+def _runs(token: np.ndarray) -> list[np.ndarray]:
+    """Places of consecutive tokens."""
+    return np.split(np.arange(len(token)), np.flatnonzero(np.diff(token) != 1) + 1)
 
 
 def _running_tokens(plan: Plan) -> np.ndarray:
@@ -371,7 +437,7 @@ def _pieces(
 ) -> list[tuple[slice | Tensor, int]]:
     """Cut a batch's places into runs of consecutive tokens, each a slice where it can be one."""
     pieces: list[tuple[slice | Tensor, int]] = []
-    for run in np.split(np.arange(len(token)), np.flatnonzero(np.diff(token) != 1) + 1):
+    for run in _runs(token):
         rows = source[run]
         if (np.diff(rows) == 1).all():
             pieces.append((slice(int(rows[0]), int(rows[-1]) + 1), int(token[run[0]])))
@@ -409,7 +475,7 @@ class _Staging:
         self._thread = threading.Thread(target=self._empty, name="actstore-staging", daemon=True)
         self._thread.start()
 
-    def send(self, rows: Tensor, writer: Writer, point: HookPoint, token: int) -> None:
+    def send(self, rows: Tensor, put: Callable[[np.ndarray], None]) -> None:
         if self._error is not None:
             raise self._error
         slot = self._free.get()
@@ -424,16 +490,16 @@ class _Staging:
             rows.record_stream(self._stream)
         else:
             host.copy_(rows)
-        self._filled.put((slot, host, event, writer, point, token))
+        self._filled.put((slot, host, event, put))
 
     def _empty(self) -> None:
         while (item := self._filled.get()) is not None:
-            slot, host, event, writer, point, token = item
+            slot, host, event, put = item
             try:
                 if event is not None:
                     event.synchronize()
                 if self._error is None:
-                    writer.put(point.stage, point.layer, token, _numpy(host))
+                    put(_numpy(host))
             except BaseException as error:
                 self._error = error
             self._free.put(slot)
@@ -451,7 +517,7 @@ class _Staging:
 def _largest_rows(plan: Plan) -> int:
     """Bytes of the largest piece that a hook can send."""
     rows = max(b.length * len(b.sequences) for b in plan.batches)
-    return rows * max(s.layout.width for s in plan.stages) * 4
+    return rows * max(plan.table_columns, *(s.layout.width for s in plan.stages)) * 4
 
 
 # -- facts about models --------------------------------------------------------------------
@@ -512,7 +578,11 @@ def _storable(kind: str) -> str:
 
 
 def _provenance(
-    model: nn.Module, tokenizer: Any, device: torch.device, name: str | None
+    model: nn.Module,
+    tokenizer: Any,
+    device: torch.device,
+    name: str | None,
+    head: Head | None,
 ) -> dict[str, Any]:
     config = dict(_config(model))
     given = name or config.get("_name_or_path") or type(model).__name__
@@ -534,6 +604,8 @@ def _provenance(
         },
         "versions": {p: _version(p) for p in ("actstore", "torch", "transformers")},
     }
+    if head is not None:
+        facts["head"] = {"class": type(head.model).__name__, "sha256": digest_of(head)}
     if tokenizer is not None:
         facts["tokenizer"] = {
             "class": type(tokenizer).__name__,

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from crc32c import crc32c
@@ -20,7 +20,7 @@ from crc32c import crc32c
 from .errors import CorruptStoreError
 from .plan import canonical_json
 from .shard import ShardSummary
-from .storage import LocalStorage
+from .storage import Storage
 
 __all__ = ["Record", "ShardRecord", "content_id", "differences", "read_plan", "record_key"]
 
@@ -40,14 +40,24 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """The commit record of one block in one pass."""
+    """The commit record of one block in one pass.
+
+    Attributes
+    ----------
+    index, block : int
+        Of the pass, and of the block.
+    shards : tuple of ShardRecord
+    tables : dict
+        crc32c of the block's rows of predictions and outcomes, by array; of the first pass only.
+    """
 
     index: int
     block: int
     shards: tuple[ShardRecord, ...]
+    tables: Mapping[str, int] = field(default_factory=dict)
 
     def encode(self) -> bytes:
-        body = {
+        body: dict[str, Any] = {
             "block": self.block,
             "pass": self.index,
             "shards": [
@@ -62,6 +72,8 @@ class Record:
                 for s in sorted(self.shards, key=lambda s: s.key)
             ],
         }
+        if self.tables:
+            body["tables"] = dict(self.tables)
         return sealed_json(body)
 
     @classmethod
@@ -78,10 +90,10 @@ class Record:
             )
             for key, size, crc, low, high, bad in body["shards"]
         )
-        return cls(body["pass"], body["block"], shards)
+        return cls(body["pass"], body["block"], shards, dict(body.get("tables", {})))
 
     @classmethod
-    def read(cls, storage: LocalStorage, index: int, block: int) -> Record | None:
+    def read(cls, storage: Storage, index: int, block: int) -> Record | None:
         """The record of a block; None where there is none or it is damaged."""
         data = storage.get(record_key(index, block))
         if data is None:
@@ -103,6 +115,11 @@ def is_record(key: str) -> bool:
 
 def part_key(index: int, block: int, stage: int) -> str:
     return f"journal/p{index}.b{block:08d}.s{stage}.sketch"
+
+
+def table_key(block: int) -> str:
+    """A block's predictions and outcomes, until they are merged; the first pass makes them."""
+    return f"journal/p0.b{block:08d}.tables"
 
 
 def _json_float(value: float) -> float | None:
@@ -127,7 +144,7 @@ def opened_json(data: bytes) -> dict[str, Any]:
     return body
 
 
-def read_plan(storage: LocalStorage) -> dict[str, Any] | None:
+def read_plan(storage: Storage) -> dict[str, Any] | None:
     """The stored plan: configuration, blocks, passes. None where there is none."""
     data = storage.get(PLAN)
     if data is None:
@@ -168,6 +185,7 @@ _DIGESTS = {
     "corpus.sha256": "the input text, its labels or its selection",
     "capture.batches.sha256": "the batches",
     "model.sha256": "the model's weights",
+    "head.sha256": "the weights of the model's head",
 }
 
 

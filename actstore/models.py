@@ -46,8 +46,9 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     meta: bool = False,
+    head: bool = False,
 ) -> tuple[torch.nn.Module, Any]:
-    """Load a model without its head, ready to run, and its tokenizer.
+    """Load a model, ready to run, and its tokenizer.
 
     Parameters
     ----------
@@ -64,6 +65,9 @@ def load_model(
         those can run code, too).
     meta : bool
         Do not load weights: enough to `probe` and plan.
+    head : bool
+        Load the head that predicts the next token, too, which `dump` needs for predictions and
+        outcomes. Activations are the same with and without.
 
     Returns
     -------
@@ -85,12 +89,14 @@ def load_model(
         options["revision"] = revision
     with quiet():
         config = _config(name, source, options)
+        if head:
+            _check_causal(name, config)
         try:
             if meta:
-                model = _without_weights(config, source, dtype, trust_remote_code)
+                model = _without_weights(config, source, dtype, trust_remote_code, head)
             else:
-                model = _with_weights(name, source, config, dtype, options)
-            model = base_model(model).eval().to(target)
+                model = _with_weights(name, source, config, dtype, options, head)
+            model = (model if head else base_model(model)).eval().to(target)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"cannot load model {name!r}: {_brief(error)} {EXPECTED}") from error
         return model, _tokenizer(name, source, options)
@@ -184,14 +190,29 @@ def _config(name: str, source: str, options: dict[str, Any]) -> Any:
     return config
 
 
-def _with_weights(
-    name: str, source: str, config: Any, dtype: str, options: dict[str, Any]
-) -> torch.nn.Module:
-    from transformers import AutoModel
+def _check_causal(name: str, config: Any) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    own_code = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
+        raise ModelError(
+            f"model {name!r} ({config.model_type}) has no head that predicts the next token: "
+            "leave predictions and outcomes out, or give a causal language model such as 'gpt2'"
+        )
+
+
+def _kind(head: bool) -> Any:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    return AutoModelForCausalLM if head else AutoModel
+
+
+def _with_weights(
+    name: str, source: str, config: Any, dtype: str, options: dict[str, Any], head: bool
+) -> torch.nn.Module:
     # Other formats than safetensors are pickles, which can run code.
     safe = None if options["trust_remote_code"] else True
-    model, report = AutoModel.from_pretrained(
+    model, report = _kind(head).from_pretrained(
         source,
         config=config,
         dtype=dtype,
@@ -199,8 +220,15 @@ def _with_weights(
         output_loading_info=True,
         **options,
     )
-    # transformers fills what is missing with random numbers. Heads do not matter here.
+    # transformers fills what is missing with random numbers. Poolers do not matter here.
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    if head and missing and not any(key.startswith(prefix) for key in missing):
+        raise ModelError(
+            f"model {name!r}: its weights have no head (they lack {missing[0]!r}), so its "
+            "predictions would be random: leave predictions and outcomes out, or give the model "
+            "as it was trained"
+        )
     if missing:
         raise ModelError(
             f"model {name!r}: its weights lack {len(missing)} of those that {type(model).__name__} "
@@ -210,12 +238,12 @@ def _with_weights(
     return model
 
 
-def _without_weights(config: Any, source: str, dtype: str, trust: bool) -> torch.nn.Module:
-    from transformers import AutoModel
-
+def _without_weights(
+    config: Any, source: str, dtype: str, trust: bool, head: bool
+) -> torch.nn.Module:
     chosen = getattr(torch, dtype) if dtype != "auto" else config.dtype or _stored_dtype(source)
     with torch.device("meta"):
-        return AutoModel.from_config(config, dtype=chosen, trust_remote_code=trust)
+        return _kind(head).from_config(config, dtype=chosen, trust_remote_code=trust)
 
 
 def _stored_dtype(source: str) -> torch.dtype:

@@ -18,6 +18,7 @@ import numpy as np
 
 from .corpus import Corpus
 from .errors import PlanError, UnknownNameError
+from .schema import TABLES
 from .shard import Layout
 
 __all__ = ["DTYPES", "Batch", "Plan", "StagePlan", "StageSpec", "canonical_json", "parse_bytes"]
@@ -30,6 +31,9 @@ SHARD_NBYTES = 2**26
 WINDOW_TOKENS = 2**16
 PADDING = 1.10
 SMALL_SHARD_NBYTES = 4 * 2**20
+
+MAX_PREDICTIONS = 1024
+"""Most next tokens kept of every token: beyond, the table outgrows the activations."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,10 @@ class Plan:
         Label whose values the sketches keep apart.
     notes : tuple of str
         What a person should know of the layout.
+    predictions : int
+        How many of the model's own likeliest next tokens are kept of every token.
+    outcomes : bool
+        Whether loss, entropy and the true next token's rank are.
     """
 
     corpus: Corpus
@@ -131,6 +139,8 @@ class Plan:
     sketch: bool = True
     sketch_by: str | None = None
     notes: tuple[str, ...] = ()
+    predictions: int = 0
+    outcomes: bool = False
 
     # -- building ----------------------------------------------------------------------------
 
@@ -148,6 +158,8 @@ class Plan:
         provenance: Mapping[str, Any] | None = None,
         sketch: bool = True,
         sketch_by: str | None = None,
+        predictions: int = 0,
+        outcomes: bool = False,
     ) -> Plan:
         """Lay out blocks and batches.
 
@@ -173,11 +185,17 @@ class Plan:
             Make statistics while writing, which later answer most questions at once.
         sketch_by : str, optional
             A text label of at most 64 values, which the sketches keep apart.
+        predictions : int
+            How many of the model's own likeliest next tokens are kept of every token, with their
+            probabilities; 0 for none.
+        outcomes : bool
+            Keep loss, entropy and the true next token's rank of every token.
 
         Raises
         ------
         PlanError
-            Nothing to keep, or a buffer too small for a block of 16 tokens.
+            Nothing to keep, a buffer too small for a block of 16 tokens, more predictions than
+            `MAX_PREDICTIONS`, or a label that is named like an outcome.
         """
         if dtype is not None and dtype not in DTYPES:
             raise UnknownNameError("dtype", dtype, DTYPES)
@@ -185,6 +203,13 @@ class Plan:
             raise UnknownNameError("padding side", padding_side, ("right", "left"))
         if not stages:
             raise PlanError("no stages to keep: name at least one, for example mlp_post")
+        if not 0 <= predictions <= MAX_PREDICTIONS:
+            raise PlanError(
+                f"predictions is {predictions}: it must be from 1 to {MAX_PREDICTIONS:,}, or 0 for "
+                "none"
+            )
+        if outcomes:
+            _check_labels(corpus)
         if batch_tokens < 1:
             raise PlanError(f"batch_tokens is {batch_tokens}: it must be at least 1")
         most = max(len(s.layers) for s in stages)
@@ -219,6 +244,8 @@ class Plan:
             dict(provenance or {}),
             sketch,
             sketch_by,
+            predictions=predictions,
+            outcomes=outcomes,
         )
         return plan._with_notes(per_token)
 
@@ -308,7 +335,32 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        return sum(self.stage_nbytes(s) for s in self.stages)
+        return sum(self.stage_nbytes(s) for s in self.stages) + self.tables_nbytes
+
+    # -- predictions and outcomes --------------------------------------------------------------
+
+    @property
+    def tables(self) -> list[str]:
+        """Arrays of predictions and outcomes that are asked for: keys of `schema.TABLES`."""
+        asked = {"predictions": self.predictions > 0, "outcomes": self.outcomes}
+        return [key for key in TABLES if asked[key.partition("/")[0]]]
+
+    @property
+    def table_columns(self) -> int:
+        """Numbers of 4 bytes that the tables keep of every token."""
+        return sum(self.predictions if TABLES[key].ranked else 1 for key in self.tables)
+
+    @property
+    def tables_nbytes(self) -> int:
+        """Bytes of predictions and outcomes, before any compression."""
+        return 4 * self.n_tokens * self.table_columns
+
+    @cached_property
+    def next_token(self) -> np.ndarray:
+        """(token,) id of the input after each kept token in its sequence; -1 after the last."""
+        ids = np.append(self.corpus.token_ids[1:], -1).astype(np.int64)
+        ids[self.corpus.starts[1:] - 1] = -1
+        return ids[self.kept]
 
     # -- identity ----------------------------------------------------------------------------
 
@@ -333,6 +385,8 @@ class Plan:
                 "passes": len(self.passes),
                 "padding_side": self.padding_side,
                 "batches": {"count": len(self.batches), "sha256": shape.hexdigest()},
+                **({"predictions": self.predictions} if self.predictions else {}),
+                **({"outcomes": True} if self.outcomes else {}),
             },
             "corpus": {
                 "sequences": self.corpus.n_sequences,
@@ -479,6 +533,17 @@ def _layout(width: int, block: int, tokens: int, source: str) -> Layout:
     # The last row of chunks is padded: in a small store chunks are small, so that this is little.
     rows = min(rows, block, max(16, _power_below(tokens) // 8))
     return Layout(block, width, rows, columns, dtype, source)
+
+
+def _check_labels(corpus: Corpus) -> None:
+    """Outcomes are columns of tokens as labels are, and must not be taken for one another."""
+    outcomes = [key.partition("/")[2] for key in TABLES if key.startswith("outcomes/")]
+    for name in outcomes:
+        if name in corpus.sequence_labels or name in corpus.token_labels:
+            raise PlanError(
+                f"the label column {name!r} has the name of an outcome (they are "
+                f"{', '.join(outcomes)}): give it another name, or leave outcomes out"
+            )
 
 
 def _power_below(n: int) -> int:

@@ -83,6 +83,12 @@ class BufferPool:
             self._free[nbytes].append(buffer)
             self._changed.notify_all()
 
+    def arrived(self) -> None:
+        """Count what was sent, and has no buffer of the pool's, as written."""
+        with self._changed:
+            self._in_flight -= 1
+            self._changed.notify_all()
+
     def drop_free(self) -> None:
         """Give unused buffers back to the system."""
         with self._changed:

@@ -23,8 +23,10 @@ __all__ = [
     "RANKS",
     "STAGES",
     "STRATA",
+    "TABLES",
     "TOKEN_COORDS",
     "Categorical",
+    "TokenTable",
     "layer_name",
     "pick",
 ]
@@ -85,6 +87,49 @@ RANKS = 20
 
 GRANULE_TOKENS = 2**14
 """Least number of tokens that a zone map's entry is about."""
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """An array of what the model itself says of every token.
+
+    Attributes
+    ----------
+    dims : tuple of str
+        ``("token",)`` or ``("token", "rank")``.
+    dtype : str
+        "int32" or "float32".
+    units : str
+    meaning : str
+    """
+
+    dims: tuple[str, ...]
+    dtype: str
+    units: str
+    meaning: str
+
+    @property
+    def ranked(self) -> bool:
+        """Whether a token has several values, one for each of the likeliest next tokens."""
+        return "rank" in self.dims
+
+
+TABLES: dict[str, TokenTable] = {
+    "predictions/token_id": TokenTable(
+        ("token", "rank"), "int32", "1", "next tokens that the model finds likeliest, best first"
+    ),
+    "predictions/probability": TokenTable(("token", "rank"), "float32", "1", "their probabilities"),
+    "outcomes/loss": TokenTable(
+        ("token",), "float32", "nat", "-ln of the probability of the true next token"
+    ),
+    "outcomes/entropy": TokenTable(
+        ("token",), "float32", "nat", "entropy of the distribution of the next token"
+    ),
+    "outcomes/rank": TokenTable(
+        ("token",), "int32", "1", "tokens that the model finds likelier than the true next token"
+    ),
+}
+"""The model's own predictions, and how they come out: arrays that a dump may be asked for."""
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,21 @@ from .journal import Record
 from .plan import Plan, StagePlan
 from .shard import read_shard
 from .skeleton import Skeleton
-from .storage import LocalStorage, aligned_buffer
+from .storage import Storage, aligned_buffer
+from .tables import merge as merge_tables
 
 __all__ = [
     "block_records",
     "put_all",
     "put_if_new",
+    "put_what_is_new",
     "root_document",
     "scan_part",
     "seal",
+    "sealed_objects",
     "sealed_settings",
-    "sealed_sketches",
     "sketch_objects",
+    "table_objects",
 ]
 
 Digest = list[int]
@@ -39,25 +42,29 @@ Digest = list[int]
 
 
 def seal(
-    storage: LocalStorage,
+    storage: Storage,
     plan: Plan,
     skeleton: Skeleton,
     records: list[bytes],
     sketches: Mapping[str, Digest],
+    tables: Mapping[str, Digest],
 ) -> None:
     """Write manifest and groups, the root last.
 
     Parameters
     ----------
-    storage : LocalStorage
+    storage : Storage
     plan : Plan
     skeleton : Skeleton
     records : list of bytes
         All commit records in order.
     sketches : mapping
         Digests of the merged sketches' objects, by key.
+    tables : mapping
+        Those of predictions and outcomes.
     """
     objects = {key: [len(data), crc32c(data)] for key, data in skeleton.objects.items()}
+    objects |= tables
     identity = journal.content_id(plan.config_hash, _labels(objects), records)
     groups = {key: data for key, data in skeleton.groups.items() if key != "zarr.json"}
     manifest = {
@@ -73,9 +80,8 @@ def seal(
     nonfinite = sum(s.summary.nonfinite for r in records for s in Record.decode(r).shards)
     root["attributes"]["actstore"] |= {"id": identity, "nonfinite": nonfinite}
     put_if_new(storage, journal.MANIFEST, journal.sealed_json(manifest))
-    for key, data in groups.items():
-        put_if_new(storage, key, data)
-    _tidy(storage, [*skeleton.objects, *skeleton.groups, *sketches])
+    put_what_is_new(storage, groups)
+    _tidy(storage, [*skeleton.objects, *skeleton.groups, *sketches, *tables])
     put_if_new(storage, "zarr.json", root_document(root))
 
 
@@ -89,22 +95,28 @@ def _labels(objects: Mapping[str, Digest]) -> dict[str, Digest]:
     return {key: digest for key, digest in objects.items() if not key.startswith("sketch/")}
 
 
-def _tidy(storage: LocalStorage, keys: Iterable[str]) -> None:
+def _tidy(storage: Storage, keys: Iterable[str]) -> None:
     """Remove what only an unfinished store needs, and what killed writers left beside `keys`."""
     for key in storage.keys("journal"):
-        if key.startswith("journal/rank-") or key.endswith(".sketch"):
+        if key.startswith("journal/rank-") or key.endswith((".sketch", ".tables")):
             storage.delete(key)
     for folder in {"journal", *(key.rpartition("/")[0] for key in keys)}:
         storage.sweep(folder)
 
 
-def put_if_new(storage: LocalStorage, key: str, data: bytes) -> None:
+def put_if_new(storage: Storage, key: str, data: bytes) -> None:
     """Write an object unless it is there, the same to the byte."""
     if storage.get(key) != data:
         storage.put_durable(key, data)
 
 
-def block_records(storage: LocalStorage, plan: Plan) -> list[bytes] | None:
+def put_what_is_new(storage: Storage, objects: Mapping[str, bytes]) -> None:
+    """`put_if_new` of several, in no order; as many at once as the storage likes."""
+    with ThreadPoolExecutor(storage.at_once) as pool:
+        list(pool.map(lambda key: put_if_new(storage, key, objects[key]), objects))
+
+
+def block_records(storage: Storage, plan: Plan) -> list[bytes] | None:
     """All commit records in order; None while any is missing."""
     records = []
     for index in range(len(plan.passes)):
@@ -119,7 +131,7 @@ def block_records(storage: LocalStorage, plan: Plan) -> list[bytes] | None:
 
 
 def sketch_objects(
-    storage: LocalStorage, plan: Plan, skeleton: Skeleton, strata: sketch.Strata
+    storage: Storage, plan: Plan, skeleton: Skeleton, strata: sketch.Strata
 ) -> dict[str, Digest]:
     """Merge the blocks' sketches into the store; a part that is missing is made again.
 
@@ -154,7 +166,23 @@ def sketch_objects(
     return digests
 
 
-def put_all(storage: LocalStorage, objects: Iterable[tuple[str, bytes]]) -> dict[str, Digest]:
+def table_objects(
+    storage: Storage, plan: Plan, skeleton: Skeleton, records: list[bytes]
+) -> dict[str, Digest]:
+    """Merge the blocks' predictions and outcomes into the store.
+
+    Raises
+    ------
+    tables.RowsMissing
+        Some are neither beside the journal nor in the store: their block has to be redone.
+    """
+    metadata = {f"{key}/zarr.json": skeleton.objects[f"{key}/zarr.json"] for key in plan.tables}
+    # The first pass made them, and its records come first.
+    expected = {b: Record.decode(records[b]).tables for b in range(plan.n_blocks)}
+    return put_all(storage, merge_tables(storage, plan, metadata, expected))
+
+
+def put_all(storage: Storage, objects: Iterable[tuple[str, bytes]]) -> dict[str, Digest]:
     """Write objects and then make their names durable; gives their digests."""
     digests: dict[str, Digest] = {}
     folders = set()
@@ -170,13 +198,13 @@ def put_all(storage: LocalStorage, objects: Iterable[tuple[str, bytes]]) -> dict
     return digests
 
 
-def _read_part(storage: LocalStorage, key: str) -> dict[str, np.ndarray] | None:
+def _read_part(storage: Storage, key: str) -> dict[str, np.ndarray] | None:
     data = storage.get(key)
     return sketch.unpack(data) if data is not None else None
 
 
 def scan_part(
-    storage: LocalStorage,
+    storage: Storage,
     stage: StagePlan,
     layers: tuple[int, ...],
     block: int,
@@ -204,8 +232,11 @@ def scan_part(
     return tensors
 
 
-def sealed_sketches(storage: LocalStorage) -> dict[str, Digest] | None:
-    """Digests of a sealed store's merged sketches, from its manifest; None if any is damaged."""
+def sealed_objects(storage: Storage, groups: tuple[str, ...]) -> dict[str, Digest] | None:
+    """Digests of what a sealed store has merged in some groups; None if any is damaged.
+
+    The manifest has them; metadata are not among them.
+    """
     try:
         manifest = journal.opened_json(storage.get(journal.MANIFEST) or b"")
     except CorruptStoreError:
@@ -213,7 +244,7 @@ def sealed_sketches(storage: LocalStorage) -> dict[str, Digest] | None:
     mine = {
         key: digest
         for key, digest in manifest["objects"].items()
-        if key.startswith("sketch/") and not key.endswith("zarr.json")
+        if key.partition("/")[0] in groups and not key.endswith("zarr.json")
     }
     for key, (size, checksum) in mine.items():
         data = storage.get(key)
@@ -222,7 +253,7 @@ def sealed_sketches(storage: LocalStorage) -> dict[str, Digest] | None:
     return mine
 
 
-def sealed_settings(storage: LocalStorage) -> dict[str, Any] | None:
+def sealed_settings(storage: Storage) -> dict[str, Any] | None:
     """How a sealed store was sketched, from its root; None where it was not."""
     data = storage.get("zarr.json")
     if data is None:

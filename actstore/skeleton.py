@@ -27,12 +27,13 @@ from .schema import (
     MOMENTS,
     RANKS,
     STAGES,
+    TABLES,
     TOKEN_COORDS,
     Categorical,
     layer_name,
 )
 
-__all__ = ["Skeleton", "build", "build_sketches"]
+__all__ = ["Skeleton", "build", "build_sketches", "table_chunk"]
 
 LABEL_CHUNK = 2**20
 MAX_FLAGS = 1024
@@ -83,12 +84,13 @@ def build(
         coords = _stage_coords(plan, stage)
         _write(memory, stage.name, coords)
         _create_activation(memory, plan, stage, [str(name) for name in coords.coords])
+    _create_tables(memory, plan)
     if strata is not None:
         create_sketches(memory, plan.stages, plan.n_tokens, plan.block_tokens, strata)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata")
-        for stage in plan.stages:
-            zarr.consolidate_metadata(memory, path=stage.name, zarr_format=3)
+        for group in [*(stage.name for stage in plan.stages), *_table_groups(plan)]:
+            zarr.consolidate_metadata(memory, path=group, zarr_format=3)
         zarr.consolidate_metadata(memory, zarr_format=3)
     return _collected(memory)
 
@@ -163,6 +165,28 @@ def _create_activation(
     )
 
 
+def table_chunk(plan: Plan) -> int:
+    """Tokens of a chunk of predictions and outcomes: whole blocks, of at most 2^20 values."""
+    values = LABEL_CHUNK // max(1, plan.predictions)
+    return max(plan.block_tokens, 1 << (values.bit_length() - 1))
+
+
+def _table_groups(plan: Plan) -> list[str]:
+    return list(dict.fromkeys(key.partition("/")[0] for key in plan.tables))
+
+
+def _create_tables(memory: MemoryStore, plan: Plan) -> None:
+    """Lay out ``predictions/`` and ``outcomes/``, where they are asked for."""
+    for group in _table_groups(plan):
+        _group(memory, group)
+    sizes = {"token": plan.n_tokens, "rank": plan.predictions}
+    chunk = {"token": min(table_chunk(plan), plan.n_tokens)}
+    for key in plan.tables:
+        table = TABLES[key]
+        own = {dim: sizes[dim] for dim in table.dims}
+        _array(memory, key, own, table.dtype, table.meaning, chunk, table.units, -1)
+
+
 def create_sketches(
     memory: MemoryStore,
     stages: Sequence[StagePlan],
@@ -220,6 +244,8 @@ def _array(
     dtype: str,
     description: str,
     chunks: Mapping[str, int] | None = None,
+    units: str | None = None,
+    no_number: int = 0,
 ) -> None:
     whole = {**sizes, **(chunks or {})}
     zarr.create_array(
@@ -228,9 +254,9 @@ def _array(
         shape=tuple(sizes.values()),
         chunks=tuple(whole.values()),
         dtype=dtype,
-        fill_value=float("nan") if dtype.startswith("float") else 0,
+        fill_value=float("nan") if dtype.startswith("float") else no_number,
         dimension_names=tuple(sizes),
-        attributes={"long_name": description},
+        attributes={"long_name": description, **({"units": units} if units else {})},
         zarr_format=3,
     )
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import html
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -27,10 +26,11 @@ from .errors import (
     UsageError,
 )
 from .journal import Record, ShardRecord
-from .schema import FORMAT, STAGES, TOKEN_COORDS, Categorical
-from .shard import Layout, digest, read_shard
+from .places import absolute, is_url, last_name, storage_at, zarr_at
+from .schema import FORMAT, STAGES, TABLES, TOKEN_COORDS, Categorical
+from .shard import Layout, digest, read_pieces, read_shard
 from .sketched import Sketched, strata_codes
-from .storage import LocalStorage
+from .storage import Storage
 
 __all__ = ["Problem", "ShardedArray", "Store", "open_store", "verify"]
 
@@ -81,13 +81,21 @@ class ShardedArray:
         return np.squeeze(out[inside], tuple(squeeze))
 
     def _read(self, layer: int, tokens: slice, neurons: slice, out: np.ndarray) -> None:
-        storage, rows = LocalStorage(self.root), self.layout.rows
+        storage, rows = storage_at(self.root), self.layout.rows
         for block in range(tokens.start // rows, -(-tokens.stop // rows)):
             top = block * rows
             a, b = max(tokens.start, top), min(tokens.stop, top + rows)
             with storage.reader(f"{self.folder}/c.{layer}.{block}.0") as reader:
                 target = out[a - tokens.start : b - tokens.start]
                 read_shard(self.layout, reader, slice(a - top, b - top), neurons, target)
+
+    def pieces(
+        self, layer_index: int, block: int, chunk_rows: Iterable[int], nbytes: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Decode rows of inner chunks of one shard, about `nbytes` at a time: `read_pieces`."""
+        key = f"{self.folder}/c.{layer_index}.{block}.0"
+        with storage_at(self.root).reader(key) as reader:
+            yield from read_pieces(self.layout, reader, chunk_rows, nbytes)
 
 
 def _three(key: Any) -> tuple[Any, Any, Any]:
@@ -137,7 +145,7 @@ class Store:
         self.path = path
         self.attrs: dict[str, Any] = root["attributes"]["actstore"]
         self._nodes: dict[str, Any] = root["consolidated_metadata"]["metadata"]
-        self._storage = LocalStorage(path)
+        self._storage = storage_at(path)
 
     # -- what there is -----------------------------------------------------------------------
 
@@ -159,7 +167,7 @@ class Store:
 
     @property
     def name(self) -> str:
-        return Path(self.path).name
+        return last_name(self.path)
 
     def __repr__(self) -> str:
         lines = (
@@ -173,6 +181,7 @@ class Store:
                 f"  {stage:<11} {len(layers):>3} layers × {row['width']:>6,} neurons  "
                 f"{row['dtype']:<9} {row['nbytes'] / 1e6:>10,.1f} MB"
             )
+        lines += [f"  {line}" for line in self._own_words()]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -189,15 +198,28 @@ class Store:
             f"<div><b>{html.escape(self.name)}</b>: {model}, {self.n_tokens:,} tokens of "
             f"{self.attrs['corpus']['sequences']:,} sequences"
             "<table><tr><th>stage</th><th>layers</th><th>neurons</th><th>type</th><th>MB</th>"
-            f"<th>meaning</th></tr>{rows}</table></div>"
+            f"<th>meaning</th></tr>{rows}</table>{'<br>'.join(self._own_words())}</div>"
         )
+
+    def _own_words(self) -> list[str]:
+        """What the store has of the model's own predictions, in words."""
+        facts, lines = self.info(), []
+        if facts["predictions"]:
+            lines.append(f"predictions: the {facts['predictions']} likeliest next tokens of each")
+        if facts["outcomes"]:
+            lines.append(f"outcomes: {', '.join(facts['outcomes'])} of the true next token")
+        return lines
 
     @property
     def _model(self) -> Mapping[str, Any] | None:
         return self.attrs.get("model")
 
     def info(self) -> dict[str, Any]:
-        """What the store holds, JSON only: stages with layers, widths, types and bytes."""
+        """What the store holds, JSON only: stages with layers, widths, types and bytes ...
+
+        ``predictions`` is how many of the model's own next tokens are kept of every token (0 for
+        none), ``outcomes`` the names of the columns on how its prediction came out.
+        """
         stages = {}
         for stage in self.stages:
             node = self._nodes[f"{stage}/activation"]
@@ -220,6 +242,8 @@ class Store:
             "block_tokens": self.attrs["capture"]["block_tokens"],
             "stages": stages,
             "labels": self.labels,
+            "predictions": self.attrs["capture"].get("predictions", 0),
+            "outcomes": self._table_names("outcomes"),
             **{k: self.attrs[k] for k in ("model", "tokenizer", "versions") if k in self.attrs},
             "notes": self.attrs.get("notes", {}),
         }
@@ -237,7 +261,8 @@ class Store:
         """A stage's activations, lazily, with all token coordinates attached."""
         if stage not in self.stages:
             raise UnknownNameError("stage", stage, self.stages, f"This is what {self.name} holds.")
-        return self._dataset(stage)["activation"].rename(stage)
+        values = self._dataset(stage)["activation"].rename(stage)
+        return values if self.outcomes is None else values.assign_coords(self.outcomes.data_vars)
 
     def __contains__(self, stage: object) -> bool:
         return stage in self.stages
@@ -250,7 +275,7 @@ class Store:
         node = self._nodes[f"{stage}/activation"]
         layout = Layout.of_array(node)
         if layout is None:  # a layout that is not ours still opens through zarr
-            return zarr.open_array(self.path, path=f"{stage}/activation", mode="r")
+            return zarr.open_array(zarr_at(self.path), path=f"{stage}/activation", mode="r")
         shape = tuple(node["shape"])
         return ShardedArray(self.path, f"{stage}/activation", shape, layout)
 
@@ -266,8 +291,8 @@ class Store:
         Parameters
         ----------
         name : str
-            A coordinate or label of the tokens, ``special``, ``token_text``, or a column of
-            `sequences` (``length``, labels of many values).
+            A coordinate or label of the tokens, ``special``, ``token_text``, a column of
+            `sequences` (``length``, labels of many values) or of `outcomes` (``loss`` ...).
 
         Returns
         -------
@@ -287,9 +312,12 @@ class Store:
             return self._read(f"inputs/{name}")[self._values(f"{stage}/input")]
         if name in self._columns["sequences"]:
             return self._read(f"sequences/{name}")[self._values(f"{stage}/sequence")]
+        if name in self._table_names("outcomes"):
+            return self._read(f"outcomes/{name}")
         texts = ["token_text"] if self.vocabulary is not None else []
         every = [c for group in (stage, "inputs", "sequences") for c in self._columns[group]]
-        raise UnknownNameError("column", name, [*dict.fromkeys(every), *texts])
+        known = [*dict.fromkeys(every), *self._table_names("outcomes"), *texts]
+        raise UnknownNameError("column", name, known)
 
     @cached_property
     def _columns(self) -> dict[str, list[str]]:
@@ -323,7 +351,14 @@ class Store:
         return strata_codes(position, special, label if isinstance(label, Categorical) else None)
 
     def _values(self, key: str) -> np.ndarray:
-        return np.asarray(zarr.open_array(self.path, path=key, mode="r")[:])
+        try:
+            return np.asarray(zarr.open_array(zarr_at(self.path), path=key, mode="r")[:])
+        except FileNotFoundError:
+            self._storage.get("zarr.json")  # where the whole place is gone, this says so
+            raise CorruptStoreError(
+                f"{key} is missing from {self.path}: run `actstore verify` to see what else is, "
+                "and the same dump again to redo just that"
+            ) from None
 
     def _read(self, key: str) -> np.ndarray | Categorical:
         values = self._values(key)
@@ -352,7 +387,7 @@ class Store:
         return dataset.assign(activation=dataset["activation"].copy(data=lazy))
 
     def _group(self, group: str) -> xr.Dataset:
-        return xr.open_zarr(self.path, group=group, consolidated=False, chunks={})
+        return xr.open_zarr(zarr_at(self.path), group=group, consolidated=False, chunks={})
 
     @property
     def tree(self) -> xr.DataTree:
@@ -364,13 +399,40 @@ class Store:
 
     @cached_property
     def tokens(self) -> xr.Dataset:
-        """Coordinates of the kept tokens (token,): sequence, position, token_id, labels ..."""
-        return _decoded(
+        """Columns of the kept tokens (token,): sequence, position, token_id, labels, outcomes."""
+        columns = _decoded(
             self._group(self.stages[0])
             .drop_vars("activation")
             .drop_dims(["layer", "neuron"], errors="ignore")
             .reset_coords()
         )
+        return columns if self.outcomes is None else columns.assign(self.outcomes.data_vars)
+
+    @cached_property
+    def predictions(self) -> xr.Dataset | None:
+        """The model's own likeliest next tokens (token, rank), best first: token_id, probability.
+
+        None where they were not asked for (``dump --predictions N``).
+        """
+        return self._tables("predictions")
+
+    @cached_property
+    def outcomes(self) -> xr.Dataset | None:
+        """How the model's prediction of each next token came out (token,): loss, entropy, rank.
+
+        Rank 0 is the likeliest token. After the last token of a sequence there is none: its loss
+        is NaN, its rank -1. None where they were not asked for (``dump --outcomes``).
+        """
+        return self._tables("outcomes")
+
+    def _tables(self, group: str) -> xr.Dataset | None:
+        names = self._table_names(group)
+        return self._group(group)[names] if names else None
+
+    def _table_names(self, group: str) -> list[str]:
+        """Arrays of predictions or outcomes that there are, as FORMAT.md lists them."""
+        found = [key.partition("/") for key in TABLES if key in self._nodes]
+        return [name for own, _, name in found if own == group]
 
     @cached_property
     def inputs(self) -> xr.Dataset:
@@ -472,7 +534,7 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     CorruptStoreError
         Its metadata is damaged or does not match its manifest.
     """
-    storage = LocalStorage(path)
+    storage = storage_at(path)
     shown = os.fspath(path)
     data = storage.get("zarr.json")
     if data is None:
@@ -498,12 +560,12 @@ def open_store(path: str | os.PathLike[str]) -> Store:
         raise CorruptStoreError(f"zarr.json in {shown} lacks the metadata of the arrays") from None
     if outside:
         raise CorruptStoreError(f"zarr.json in {shown} names {outside[0]!r}, outside the store")
-    store = Store(os.path.abspath(shown), root)
+    store = Store(absolute(shown), root)
     _check_manifest(store, storage)
     return store
 
 
-def _check_manifest(store: Store, storage: LocalStorage) -> None:
+def _check_manifest(store: Store, storage: Storage) -> None:
     """Compare the root with the manifest: one small read, whatever the number of shards."""
     data = storage.get(journal.MANIFEST)
     if data is None:
@@ -521,8 +583,11 @@ def _check_manifest(store: Store, storage: LocalStorage) -> None:
         )
 
 
-def _not_open(storage: LocalStorage, shown: str) -> NotAStoreError | UnfinishedStoreError:
-    if not storage.root.exists():
+def _not_open(storage: Storage, shown: str) -> NotAStoreError | UnfinishedStoreError:
+    if is_url(shown):
+        if storage.is_vacant() and not storage.keys("journal"):
+            return NotAStoreError(f"there is nothing at {shown}")
+    elif not storage.root.exists():
         beside = storage.root.absolute().parent
         stores = sorted(p.name for p in beside.glob("*.zarr")) if beside.is_dir() else []
         here = f" Beside it: {', '.join(stores[:8])}." if stores else ""
@@ -556,7 +621,7 @@ def verify(path: str | os.PathLike[str]) -> Iterator[tuple[str, Problem | None]]
     problem : Problem or None
         What is wrong with it. Rerunning the dump redoes just what is damaged.
     """
-    storage = LocalStorage(path)
+    storage = storage_at(path)
     store = open_store(path)
     manifest = journal.opened_json(storage.get(journal.MANIFEST) or b"")
     for key, (size, checksum) in manifest["objects"].items():
@@ -587,7 +652,7 @@ def verify(path: str | os.PathLike[str]) -> Iterator[tuple[str, Problem | None]]
 
 def object_count(path: str | os.PathLike[str]) -> int:
     """How many objects `verify` will check."""
-    storage = LocalStorage(path)
+    storage = storage_at(path)
     store = open_store(path)
     manifest = journal.opened_json(storage.get(journal.MANIFEST) or b"")
     blocks = -(-store.n_tokens // store.attrs["capture"]["block_tokens"])
@@ -596,7 +661,7 @@ def object_count(path: str | os.PathLike[str]) -> int:
 
 
 def _check_root(
-    storage: LocalStorage, store: Store, objects: Mapping[str, Any], stored: Mapping[str, Any]
+    storage: Storage, store: Store, objects: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> Problem | None:
     """Compare the root, which no digest covers, with what it repeats: metadata and plan."""
     members = {key.removesuffix("/zarr.json") for key in objects if key.endswith("/zarr.json")}
@@ -618,7 +683,7 @@ def _check_root(
 
 
 def _check_object(
-    storage: LocalStorage, key: str, size: int, checksum: int, layout: Layout | None = None
+    storage: Storage, key: str, size: int, checksum: int, layout: Layout | None = None
 ) -> Problem | None:
     data = storage.get(key)
     if data is None:
@@ -631,7 +696,7 @@ def _check_object(
 
 
 def _check_shard(
-    storage: LocalStorage, store: Store, shard: ShardRecord, block: int, tokens: int
+    storage: Storage, store: Store, shard: ShardRecord, block: int, tokens: int
 ) -> Problem | None:
     folder = shard.key.rpartition("/")[0]
     if folder not in store._nodes:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -33,24 +33,27 @@ from .errors import (
     WriteError,
 )
 from .journal import Record, ShardRecord
+from .places import is_url, storage_at
 from .plan import Plan, StagePlan
 from .pool import BufferPool
-from .schema import FORMAT
+from .schema import FORMAT, TABLES
 from .seal import (
     block_records,
-    put_if_new,
+    put_what_is_new,
     seal,
+    sealed_objects,
     sealed_settings,
-    sealed_sketches,
     sketch_objects,
+    table_objects,
 )
 from .shard import digest, encode, summarise
 from .sketch import Sketcher, pack, plan_strata
-from .storage import LocalStorage
+from .tables import RowsMissing, TableRows, digests, join
 
 __all__ = ["Writer"]
 
 _HALF_LIMIT = 65520.0  # the smallest magnitude that rounds to infinity in float16
+_TABLES = ("", 0)  # beside stages and layer indices: predictions and outcomes
 
 
 @dataclass
@@ -62,6 +65,23 @@ class _OpenShard:
     buffer: np.ndarray
     image: np.ndarray
     filled: np.ndarray  # bool (rows,)
+
+
+@dataclass
+class _OpenTable:
+    """A block's rows of predictions and outcomes."""
+
+    rows: np.ndarray  # int32 (rows, columns)
+    filled: np.ndarray  # bool (rows,)
+
+
+@dataclass
+class _Durable:
+    """What of a block is on disk already."""
+
+    shards: list[ShardRecord] = field(default_factory=list)
+    sketches: list[dict[str, np.ndarray]] = field(default_factory=list)
+    tables: dict[str, int] = field(default_factory=dict)
 
 
 class Writer:
@@ -125,7 +145,7 @@ class Writer:
     ) -> None:
         if not 0 <= rank < world_size:
             raise UsageError(f"rank {rank} is not below the world size {world_size}")
-        self.storage = LocalStorage(path, tag=str(rank))
+        self.storage = storage_at(path, tag=str(rank))
         self.plan = plan
         self.rank, self.world_size = rank, world_size
         self.allow_nonfinite = allow_nonfinite
@@ -133,6 +153,8 @@ class Writer:
         self.repaired: list[str] = []
         self.bytes_written = 0
         self.hold = False
+        self.missing: list[np.ndarray] = []
+        self._sketcher: Sketcher | None = None
         self._held: list[_OpenShard] = []
         self._vocabulary = vocabulary
         compressed = any(s.layout.compressed for s in plan.stages)
@@ -148,9 +170,10 @@ class Writer:
             for i in indices
         }
         self._shards_per_block = [sum(len(v) for v in group.values()) for group in plan.passes]
+        self._open_tables: dict[int, _OpenTable] = {}
         self._open: dict[tuple[str, int, int], _OpenShard] = {}
         self._sent: dict[tuple[int, int], set[tuple[str, int]]] = {}
-        self._done: dict[tuple[int, int], list[tuple[ShardRecord, dict[str, np.ndarray]]]] = {}
+        self._done: dict[tuple[int, int], _Durable] = {}
         self._lock = threading.Lock()
 
     # -- life --------------------------------------------------------------------------------
@@ -182,6 +205,7 @@ class Writer:
                         self._seal()
         finally:
             self._open.clear()
+            self._open_tables.clear()
             self._stack.close()
 
     def _prepare(self, stack: ExitStack) -> None:
@@ -208,8 +232,7 @@ class Writer:
             storage.put_durable(journal.PLAN, journal.sealed_json(self._plan_record()))
         names = self._strata.names if self._strata else None
         self._skeleton = skeleton.build(plan, self._vocabulary, self._attributes(), names)
-        for key, data in self._skeleton.objects.items():
-            put_if_new(storage, key, data)
+        put_what_is_new(storage, self._skeleton.objects)
         self.missing = self._find_missing()
 
     def _sketch_settings(self, stored: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -226,11 +249,11 @@ class Writer:
 
     def _stored_plan(self) -> dict[str, Any] | None:
         root = self.storage.root
-        if root.is_file():
+        if not is_url(root) and root.is_file():
             raise PlanError(f"{root} is a file: choose another output")
         stored = journal.read_plan(self.storage)
         if stored is None:
-            if root.exists() and set(os.listdir(root)) - {"journal"}:
+            if not self.storage.is_vacant():
                 raise PlanError(
                     f"{root} exists and is not a store of actstore's: choose another output"
                 )
@@ -302,12 +325,13 @@ class Writer:
         was_sealed = self._was_sealed
         # The root goes when damage is found; what was sealed can be told by the manifest still.
         thorough = was_sealed or self.storage.exists(journal.MANIFEST)
+        tables = TableRows(self.storage, self.plan)
         missing = []
         for index in range(len(self.plan.passes)):
             mask = np.zeros(self.plan.n_blocks, bool)
             for block in self.mine():
                 record = Record.read(self.storage, index, block)
-                mask[block] = record is None or not self._intact(record, thorough)
+                mask[block] = record is None or not self._intact(record, thorough, tables)
                 if mask[block] and was_sealed:
                     self.repaired.append(f"block {block} of pass {index}")
             missing.append(mask)
@@ -321,7 +345,7 @@ class Writer:
         self.sealed = was_sealed and not self.repaired
         return missing
 
-    def _intact(self, record: Record, thorough: bool) -> bool:
+    def _intact(self, record: Record, thorough: bool, tables: TableRows) -> bool:
         expected = {
             self._stages[name].key(i, record.block): self._stages[name].layout
             for name, layers in self.plan.passes[record.index].items()
@@ -336,7 +360,14 @@ class Writer:
                 data = self.storage.get(shard.key) or b""
                 if digest(expected[shard.key], data) != shard.checksum:
                     return False
-        return True
+        if record.tables.keys() != set(self._tables_of(record.index)):
+            return False
+        # Read in any case: there is little of it, and at seal it would be too late to be redone.
+        return not record.tables or tables.read(record.block, record.tables) is not None
+
+    def _tables_of(self, index: int) -> list[str]:
+        """What a pass makes of predictions and outcomes: the first all, the others none."""
+        return self.plan.tables if index == 0 else []
 
     # -- filling -----------------------------------------------------------------------------
 
@@ -404,6 +435,92 @@ class Writer:
                 if shard.filled.all():
                     self._finish(shard)
             done += count
+
+    def put_tables(self, token: int, values: Mapping[str, np.ndarray]) -> None:
+        """Write predictions and outcomes of consecutive tokens.
+
+        Parameters
+        ----------
+        token : int
+            Index of the first token along the store's token dimension.
+        values : mapping of str to ndarray (tokens,) or (tokens, rank)
+            All that the plan asks for, by key: ``predictions/token_id`` and
+            ``predictions/probability`` best first; ``outcomes/loss``, ``outcomes/entropy`` and
+            ``outcomes/rank``, NaN and -1 where a token is the last of its sequence. Rows of
+            blocks that are already durable are passed over.
+
+        Raises
+        ------
+        UsageError
+            Others than the plan's, a wrong shape, a token written twice.
+        NonFiniteError
+            A probability or an entropy that is NaN or inf.
+        """
+        self._pool.check()
+        count = self._check_tables(token, values)
+        if not self.allow_nonfinite:
+            self._check_finite(token, values)
+        rows = join(self.plan, values)
+        done = 0
+        while done < count:
+            block, row = divmod(token + done, self.plan.block_tokens)
+            size = self.plan.block_rows(block)
+            here = slice(row, min(size, row + count - done))
+            if self.missing[0][block]:
+                self._fill_table(block, here, rows[done : done + here.stop - row])
+            done += here.stop - row
+
+    def _check_tables(self, token: int, values: Mapping[str, np.ndarray]) -> int:
+        """Number of tokens, of values that fit the plan."""
+        asked = self.plan.tables
+        if values.keys() != set(asked):
+            raise UsageError(
+                f"tables {', '.join(values) or 'none'} are given, and the plan asks for "
+                f"{', '.join(asked) or 'none (see predictions and outcomes of Plan.build)'}"
+            )
+        count = len(next(iter(values.values())))
+        for key, own in values.items():
+            shape = (count, self.plan.predictions) if TABLES[key].ranked else (count,)
+            kind = "iu" if TABLES[key].dtype == "int32" else "f"
+            if own.shape != shape or own.dtype.kind not in kind:
+                raise UsageError(
+                    f"{key} is {own.dtype} of shape {own.shape}: {TABLES[key].dtype} of shape "
+                    f"{shape} is what the plan says"
+                )
+        if token < 0 or token + count > self.plan.n_tokens:
+            raise UsageError(
+                f"tokens {token} to {token + count} are not within the plan's {self.plan.n_tokens}"
+            )
+        return count
+
+    @staticmethod
+    def _check_finite(token: int, values: Mapping[str, np.ndarray]) -> None:
+        # The loss is left out: it is NaN at the last tokens of sequences.
+        for key in ("predictions/probability", "outcomes/entropy"):
+            if key in values and not np.isfinite(values[key]).all():
+                bad = np.flatnonzero(~np.isfinite(values[key]).reshape(len(values[key]), -1).all(1))
+                raise NonFiniteError(
+                    f"{key} is NaN or inf for {len(bad):,} tokens, the first of them token "
+                    f"{token + bad[0]}: look at the model there, or run again with "
+                    "--allow-nonfinite to store them"
+                )
+
+    def _fill_table(self, block: int, here: slice, rows: np.ndarray) -> None:
+        table = self._open_tables.get(block)
+        if table is None:
+            if _TABLES in self._sent.setdefault((0, block), set()):
+                raise UsageError(f"predictions of tokens of block {block} were written twice")
+            size = self.plan.block_rows(block)
+            table = _OpenTable(np.empty((size, rows.shape[1]), np.int32), np.zeros(size, bool))
+            self._open_tables[block] = table
+        if table.filled[here].any():
+            raise UsageError(f"predictions of tokens of block {block} were written twice")
+        table.rows[here], table.filled[here] = rows, True
+        if table.filled.all():
+            del self._open_tables[block]
+            self._sent[0, block].add(_TABLES)
+            self._pool.send()
+            self._executor.submit(self._write_tables, block, table.rows)
 
     def _shard(self, stage: StagePlan, layer_index: int, index: int, block: int) -> _OpenShard:
         key = (stage.name, layer_index, block)
@@ -484,8 +601,23 @@ class Writer:
             if self._pool.failed:
                 raise WriteError("not written, because an earlier shard failed")
             with self._disk_errors(shard.stage.key(shard.layer_index, shard.block)):
-                self._commit(shard, self._encode_and_put(shard), sketch)
+                record = self._encode_and_put(shard)
+                self._note(shard.index, shard.block, shard=record, sketch=sketch)
             self._pool.release(shard.buffer, shard.stage.layout.image_nbytes)
+        except BaseException as error:
+            self._pool.fail(error)
+
+    def _write_tables(self, block: int, rows: np.ndarray) -> None:
+        try:
+            if self._pool.failed:
+                raise WriteError("not written, because an earlier shard failed")
+            key, data = journal.table_key(block), rows.astype("<i4").tobytes()
+            with self._disk_errors(key):
+                self.storage.put(key, data)
+                with self._lock:
+                    self.bytes_written += len(data)
+                self._note(0, block, tables=digests(self.plan, rows))
+            self._pool.arrived()
         except BaseException as error:
             self._pool.fail(error)
 
@@ -530,26 +662,39 @@ class Writer:
             self.bytes_written += nbytes
         return ShardRecord(key, nbytes, checksum, summary)
 
-    def _commit(
-        self, shard: _OpenShard, record: ShardRecord, sketch: dict[str, np.ndarray]
+    def _note(
+        self,
+        index: int,
+        block: int,
+        *,
+        shard: ShardRecord | None = None,
+        sketch: dict[str, np.ndarray] | None = None,
+        tables: Mapping[str, int] | None = None,
     ) -> None:
-        """Note a durable shard; the last of its block commits the block."""
-        place = (shard.index, shard.block)
+        """Note what has become durable; the last of its block commits the block."""
         with self._lock:
-            done = self._done.setdefault(place, [])
-            done.append((record, sketch))
-            if len(done) < self._shards_per_block[shard.index]:
+            done = self._done.setdefault((index, block), _Durable())
+            if shard is not None:
+                done.shards.append(shard)
+                done.sketches.append(sketch or {})
+            done.tables |= tables or {}
+            whole = len(done.shards) == self._shards_per_block[index]
+            if not whole or done.tables.keys() != set(self._tables_of(index)):
                 return
-            del self._done[place]
-        for name, layers in self.plan.passes[shard.index].items():
+            del self._done[index, block]
+        self._commit((index, block), done)
+
+    def _commit(self, place: tuple[int, int], done: _Durable) -> None:
+        index, block = place
+        for name, layers in self.plan.passes[index].items():
             if layers:
                 self.storage.sync_folder(self._stages[name].folder)
-        records = tuple(r for r, _ in done)
         if self._sketcher:
-            self._put_parts(place, [part for _, part in done])
-        whole = Record(shard.index, shard.block, records)
-        self.storage.put_durable(journal.record_key(*place), whole.encode())
-        self.missing[shard.index][shard.block] = False
+            self._put_parts(place, done.sketches)
+        # Writing the record syncs the folder that it and the block's other parts are in.
+        record = Record(index, block, tuple(done.shards), done.tables)
+        self.storage.put_once(journal.record_key(*place), record.encode())
+        self.missing[index][block] = False
         self._sent.pop(place, None)
 
     def _put_parts(self, place: tuple[int, int], parts: list[dict[str, np.ndarray]]) -> None:
@@ -576,12 +721,22 @@ class Writer:
                 return
             sketches: dict[str, list[int]] = {}
             if self._strata is not None:
-                kept = sealed_sketches(self.storage) if self._was_sealed else None
-                sketches = kept or sketch_objects(
+                sketches = self._kept("sketch") or sketch_objects(
                     self.storage, self.plan, self._skeleton, self._strata
                 )
-            seal(self.storage, self.plan, self._skeleton, records, sketches)
+            tables = self._kept("predictions", "outcomes")
+            if self.plan.tables and not tables:
+                try:
+                    tables = table_objects(self.storage, self.plan, self._skeleton, records)
+                except RowsMissing:  # another rank's: running that again redoes the block
+                    self.sealed = False
+                    return
+            seal(self.storage, self.plan, self._skeleton, records, sketches, tables)
         self.sealed = True
+
+    def _kept(self, *groups: str) -> dict[str, list[int]]:
+        """Digests of what a sealed store has merged, where that is sound."""
+        return (sealed_objects(self.storage, groups) or {}) if self._was_sealed else {}
 
 
 def _sketching(settings: dict[str, Any] | None) -> str:

@@ -6,7 +6,6 @@ import inspect
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -46,6 +45,8 @@ _PLAN = (
     "padding_side",
     "sketch",
     "sketch_by",
+    "predictions",
+    "outcomes",
 )
 
 Panel = {
@@ -72,7 +73,9 @@ def job(
             "standard input, or a Hugging Face dataset.",
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="The store to write.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT.zarr", help="The store to write, a path or s3://... URL.")
+    ],
     model_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         _option("Element type to run the model in; auto: as its weights are stored.", "model"),
@@ -137,6 +140,19 @@ def job(
     sketch_by: Annotated[
         str | None, _option("A label whose values the sketches keep apart.", "capture")
     ] = None,
+    predictions: Annotated[
+        int,
+        _option("Keep the model's own N likeliest next tokens of every token.", "capture"),
+    ] = 0,
+    outcomes: Annotated[
+        bool,
+        _option(
+            "Keep loss, entropy and the true next token's rank of every token, for questions such "
+            "as --tokens 'loss > 5'.",
+            "capture",
+            "--outcomes",
+        ),
+    ] = False,
     buffer: Annotated[
         str, _option("Host memory for activations being gathered and written.", "run")
     ] = "1GiB",
@@ -191,11 +207,11 @@ def plan(
 ) -> None:
     """Say what a dump would write: tokens, blocks, bytes, files, time. Writes nothing."""
     from actstore.errors import WriteError
-    from actstore.storage import LocalStorage
+    from actstore.places import storage_at
 
     model, _, made, _ = _prepare(asked, meta=no_weights)
     seconds = None if no_weights else _estimate(model, made)
-    free = LocalStorage(asked["out"]).free_bytes()
+    free = storage_at(asked["out"]).free_bytes()
     facts = {
         "tokens": made.n_tokens,
         "inputs": len(made.corpus.token_ids),
@@ -207,6 +223,8 @@ def plan(
         "passes": len(made.passes),
         "files": made.shards,
         "nbytes": made.nbytes,
+        "predictions": made.predictions,
+        "outcomes": made.outcomes,
         "free_bytes": free,
         "seconds": seconds,
         "stages": {
@@ -234,6 +252,9 @@ def _print_plan(made: Plan, facts: dict[str, Any]) -> None:
         [s.name, len(s.layers), s.layout.width, s.layout.source_dtype, size(made.stage_nbytes(s))]
         for s in made.stages
     ]
+    if made.tables:
+        own = ", ".join(dict.fromkeys(key.partition("/")[0] for key in made.tables))
+        rows.append([own, "", "", "", size(made.tables_nbytes)])
     rows.append(["all", "", "", "", size(made.nbytes)])
     print_table(["stage", "layers", "neurons", "type", "bytes"], rows)
     say(
@@ -312,7 +333,7 @@ def dump(
     _summarise(asked["out"], writer, whole, time.monotonic() - began, as_json)
 
 
-def _summarise(out: Path, writer: Any, whole: bool, seconds: float, as_json: bool) -> None:
+def _summarise(out: str, writer: Any, whole: bool, seconds: float, as_json: bool) -> None:
     made = writer.plan
     if as_json:
         print_json(
@@ -324,6 +345,7 @@ def _summarise(out: Path, writer: Any, whole: bool, seconds: float, as_json: boo
                 "seconds": seconds,
             }
         )
+    whole = whole and writer.sealed  # no longer, where another rank has something to redo
     if whole and not writer.storage.puts:
         say(f"{out} is complete and every byte of it is right: nothing to do")
     elif whole:
@@ -354,6 +376,7 @@ def _prepare(asked: dict[str, Any], meta: bool = False) -> tuple[Any, Any, Plan,
         revision=asked["revision"],
         trust_remote_code=asked["trust_remote_code"],
         meta=meta,
+        head=bool(asked["predictions"] or asked["outcomes"]),
     )
     options = {name: asked[name] for name in _CORPUS}
     for name in ("windows", "not_beside_digits"):
@@ -369,19 +392,30 @@ def _estimate(model: Any, made: Plan) -> float:
     """Seconds that the forward passes will take, from one batch of middling size, run twice."""
     import torch
 
+    from actstore.capture import base_model
     from actstore.fill import batch_kwargs
+    from actstore.head import Head, last_hidden, predict
 
+    base, ahead = base_model(model), 0.0
     sizes = [b.length * len(b.sequences) for b in made.batches]
     batch = made.batches[sorted(range(len(sizes)), key=sizes.__getitem__)[len(sizes) // 2]]
     with torch.inference_mode():
         for _ in range(2):
             started = time.perf_counter()
-            model(**batch_kwargs(made, batch, model))
+            hidden = last_hidden(base(**batch_kwargs(made, batch, base)))
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
+            if made.tables:
+                rows = hidden.reshape(-1, hidden.shape[-1])
+                following = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+                started = time.perf_counter()
+                predict(Head(model), rows, following, made.predictions, made.outcomes).cpu()
+                ahead = time.perf_counter() - started
     tokens = batch.length * len(batch.sequences)
-    return seconds * made.computed_tokens / tokens * len(made.passes)
+    # The head runs in one pass, and for kept tokens only.
+    everything = seconds * made.computed_tokens * len(made.passes) + ahead * made.n_tokens
+    return everything / tokens
 
 
 def _rank(given: int | None, variable: str, default: int) -> int:

@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+import actstore
 from actstore.corpus import Corpus, build, label_column
 from actstore.demo.corpus import documents
 from actstore.plan import Plan, StageSpec
+from actstore.schema import TABLES
+from actstore.seal import seal
 from actstore.writer import Writer
 
 WORDS = ["<s>", "The", "sea", "ship", "was", "slow", "and", "wide", ".", "cold", "<b>&", "5"]
@@ -100,6 +103,19 @@ def random_values(plan: Plan, seed: int = 0) -> dict[str, np.ndarray]:
     return values
 
 
+def random_tables(plan: Plan, seed: int = 0) -> dict[str, np.ndarray]:
+    """Predictions and outcomes that a plan asks for; nothing is to be found in them."""
+    rng = np.random.default_rng(seed)
+    values = {}
+    for key in plan.tables:
+        shape = (plan.n_tokens, plan.predictions) if TABLES[key].ranked else (plan.n_tokens,)
+        if TABLES[key].dtype == "int32":
+            values[key] = rng.integers(0, 50, shape).astype(np.int32)
+        else:
+            values[key] = rng.random(shape, np.float32)
+    return values
+
+
 def stored(values: np.ndarray, source_dtype: str) -> np.ndarray:
     """What float32 values are after a round through a store."""
     if source_dtype == "float16":
@@ -121,6 +137,13 @@ def write_store(path: Path, plan: Plan, values: Mapping[str, np.ndarray], **opti
     with Writer(path, plan, **options) as writer:
         put_all(writer, values)
     return writer
+
+
+def unwritten_store(path: Path, plan: Plan) -> actstore.Store:
+    """A store that is sealed though none of its shards is there: for questions of size alone."""
+    with Writer(path, plan) as writer:
+        seal(writer.storage, plan, writer._skeleton, [], {}, {})
+    return actstore.open(path)
 
 
 def write_small(path: Path) -> tuple[Plan, dict[str, np.ndarray]]:

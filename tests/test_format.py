@@ -21,6 +21,8 @@ from helpers import (
     VOCABULARY,
     bare_corpus,
     plan_of,
+    put_all,
+    random_tables,
     random_values,
     small_corpus,
     write_store,
@@ -86,6 +88,14 @@ def test_token_coordinates() -> None:
     assert found == schema.TOKEN_COORDS
 
 
+def test_predictions_and_outcomes() -> None:
+    rows = {name(r["array"]): r for t in tables("array") for r in t if "units" in r}
+    assert {
+        key: schema.TokenTable(tuple(r["dims"].split()), r["type"], r["units"], r["meaning"])
+        for key, r in rows.items()
+    } == schema.TABLES
+
+
 def test_dims_and_numbers() -> None:
     rows = {name(r["array"]): r for t in tables("array") for r in t}
     assert tuple(rows["<stage>/activation"]["dims"].split()) == schema.DIMS
@@ -125,10 +135,12 @@ def test_element_types_and_codecs() -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with every array of the page: text, labels, heads, hidden states, all sketches."""
+    """A store with every array of the page: text, labels, heads, predictions, all sketches."""
     path = tmp_path_factory.mktemp("format") / "whole.zarr"
-    plan = plan_of(small_corpus(), STAGES, 64)
-    write_store(path, plan, random_values(plan), vocabulary=VOCABULARY)
+    plan = plan_of(small_corpus(), STAGES, 64, predictions=3, outcomes=True)
+    with Writer(path, plan, vocabulary=VOCABULARY) as writer:
+        put_all(writer, random_values(plan))
+        writer.put_tables(0, random_tables(plan))
     add_sketches(path, covariance=True)
     return path
 
@@ -185,6 +197,7 @@ def test_every_array_is_described_and_every_described_array_is_there(whole: Path
         kind = array.metadata.data_type.to_json(zarr_format=3)
         if row["type"] != "any":
             assert kind in row["type"].split(" or "), key
+        assert array.attrs.get("units", "") == row.get("units", array.attrs.get("units", ""))
         assert array.attrs.get("long_name") or key.endswith(
             ("layer", "neuron", "layer_name", "moment")
         )
@@ -273,7 +286,7 @@ def test_journal(whole: Path) -> None:
     records = [f"p0.b{b:08d}.json" for b in range(3)]
     assert set(files) == {"plan.json", "manifest.json", *records}
     for file, body in files.items():
-        pattern = file if file in ("plan.json", "manifest.json") else "pP.bBBBBBBBB.json"
+        pattern = "pP.bBBBBBBBB.json" if file in records else file
         assert set(body) == described[f"journal/{pattern}"]
         rest = {k: v for k, v in body.items() if k != "crc32c"}
         assert body["crc32c"] == crc32c(canonical(rest))
@@ -298,6 +311,9 @@ def test_journal(whole: Path) -> None:
             layer = int(key.split(".")[-3])
             values = array[layer, 64 * block : 64 * (block + 1)]
             assert (values.min(), values.max(), nonfinite) == (least, greatest, 0)
+        assert files[record]["tables"] == {
+            key: crc32c(own[key][64 * block : 64 * (block + 1)].tobytes()) for key in schema.TABLES
+        }
 
     files_there = {str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file()}
     shards_there = {k for k in files_there if re.search(r"/activation/c\.", k)}
@@ -324,20 +340,28 @@ def test_root_attribute(whole: Path, least: Path, tmp_path: Path) -> None:
         transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50)
     )
     dumped = actstore.dump(model, None, [[1, 2, 3]], tmp_path / "dumped.zarr")
-    stores = [actstore.open(whole), actstore.open(least), dumped]
+    headed = transformers.GPT2LMHeadModel(model.config)
+    predicted = actstore.dump(headed, None, [[1, 2, 3]], tmp_path / "b.zarr", outcomes=True)
+    stores = [actstore.open(whole), actstore.open(least), dumped, predicted]
     required = {k for k, v in described.items() if "optional" not in v}
     for store in stores:
         assert required <= set(store.attrs) <= set(described)
         assert (store.attrs["format"], store.attrs["state"]) == (1, "complete")
-        assert set(store.attrs["capture"]) == {
+        assert set(store.attrs["capture"]) - {"predictions", "outcomes"} == {
             *("stages", "block_tokens", "passes", "padding_side", "batches"),
         }
         for key in ("capture", "corpus"):
             assert all(f"`{k}`" in described[key] for k in store.attrs[key])
     assert "sketch" not in stores[1].attrs
-    for key in ("model", "machine"):
-        assert set(dumped.attrs[key]) == set(re.findall(r"`(\w+)`", described[key]))
-    assert set(described) - set(dumped.attrs) == {"tokenizer"}
+    assert {
+        k: v for k, v in stores[0].attrs["capture"].items() if k in ("predictions", "outcomes")
+    } == {
+        "predictions": 3,
+        "outcomes": True,
+    }
+    for key in ("model", "machine", "head"):
+        assert set(predicted.attrs[key]) == set(re.findall(r"`(\w+)`", described[key]))
+    assert set(described) - set(dumped.attrs) == {"tokenizer", "head"}
 
 
 def test_states(tmp_path: Path) -> None:
@@ -359,7 +383,7 @@ def test_states(tmp_path: Path) -> None:
 
 
 def test_consolidated_metadata_repeats_the_objects(whole: Path) -> None:
-    for folder in [".", *(s.name for s in STAGES)]:
+    for folder in [".", "predictions", "outcomes", *(s.name for s in STAGES)]:
         group = json.loads((whole / folder / "zarr.json").read_text())
         inside = group["consolidated_metadata"]["metadata"]
         assert set(inside) >= {
