@@ -12,12 +12,13 @@ import zarr
 
 from . import journal, sketch
 from .errors import UsageError
+from .places import storage_at, zarr_at
 from .plan import StagePlan
 from .schema import Categorical
 from .seal import put_all, root_document, scan_part
 from .skeleton import Skeleton, build_sketches
 from .sketched import strata_codes
-from .storage import LocalStorage
+from .storage import Storage
 from .store import ShardedArray, Store, open_store
 
 __all__ = ["add_sketches"]
@@ -56,7 +57,7 @@ def add_sketches(
         An unknown or unfit label, or a store whose layout is not ours.
     """
     store = open_store(path)
-    storage = LocalStorage(path)
+    storage = storage_at(path)
     stages = _stages(store)
     strata = sketch.Strata(*strata_codes(*_columns(store, by)))
     made = build_sketches(stages, store.n_tokens, strata.names, covariance)
@@ -117,7 +118,9 @@ def _scatters(
     """Second moments of every stage, layer and stratum about the stratum's means."""
     for stage in stages:
         array, drain = store.array(stage.name), sketch.Drain(made.objects)
-        moments: Any = zarr.open_array(store.path, path=f"sketch/{stage.name}/moments", mode="r")
+        moments: Any = zarr.open_array(
+            zarr_at(store.path), path=f"sketch/{stage.name}/moments", mode="r"
+        )
         means = np.asarray(moments[1])
         width, rows = stage.layout.width, stage.layout.rows
         for i in range(len(stage.layers)):
@@ -134,7 +137,7 @@ def _scatters(
             yield from drain.objects()
 
 
-def _rewrite_manifest(storage: LocalStorage, digests: dict[str, list[int]]) -> None:
+def _rewrite_manifest(storage: Storage, digests: dict[str, list[int]]) -> None:
     manifest = journal.opened_json(storage.get(journal.MANIFEST) or b"")
     others = {k: v for k, v in manifest["objects"].items() if not k.startswith("sketch/")}
     manifest["objects"] = others | digests
@@ -142,7 +145,7 @@ def _rewrite_manifest(storage: LocalStorage, digests: dict[str, list[int]]) -> N
 
 
 def _rewrite_root(
-    storage: LocalStorage, made: Skeleton | None, settings: dict[str, str | None] | None
+    storage: Storage, made: Skeleton | None, settings: dict[str, str | None] | None
 ) -> None:
     """Take the sketches out of the root's metadata, and put new ones in."""
     root = json.loads(storage.get("zarr.json") or b"")

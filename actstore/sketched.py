@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from .places import zarr_at
 from .schema import MOMENTS, STRATA, Categorical
 from .stats.moments import merge_moments
 from .stats.streaming import State
@@ -91,8 +92,9 @@ class Sketched:
         """
         side = "largest" if largest else "smallest"
         chosen = list(strata)
-        value = zarr.open_array(self.path, path=f"sketch/{self.stage}/{side}_value", mode="r")
-        token = zarr.open_array(self.path, path=f"sketch/{self.stage}/{side}_token", mode="r")
+        place, key = zarr_at(self.path), f"sketch/{self.stage}/{side}"
+        value = zarr.open_array(place, path=f"{key}_value", mode="r")
+        token = zarr.open_array(place, path=f"{key}_token", mode="r")
         values = np.asarray(value[:, layer_index])[chosen]
         tokens = np.asarray(token[:, layer_index])[chosen]
         ranks = values.shape[-1]
@@ -104,11 +106,11 @@ class Sketched:
 
     def norms(self, layer_index: int) -> np.ndarray:
         """Euclidean norm of each token, (token,)."""
-        array: Any = zarr.open_array(self.path, path=f"sketch/{self.stage}/norm", mode="r")
+        array: Any = zarr.open_array(zarr_at(self.path), path=f"sketch/{self.stage}/norm", mode="r")
         return np.asarray(array[layer_index])
 
 
 @lru_cache(maxsize=16)
 def _read(path: str, identity: str, key: str) -> np.ndarray:
     """A small array, whole; a sealed store does not change."""
-    return np.asarray(zarr.open_array(path, path=key, mode="r")[:])
+    return np.asarray(zarr.open_array(zarr_at(path), path=key, mode="r")[:])

@@ -1,7 +1,7 @@
 """Objects by key under one root: durable atomic writes, ranged reads, counted.
 
-The rest of the package names objects by "/"-separated keys and never touches paths, so that
-another kind of storage (an object store) is another class with these methods.
+The rest of the package names objects by "/"-separated keys and never touches paths: what it needs
+of a place is `Storage`. Folders are `LocalStorage`; for object stores see `remote`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from .errors import CorruptStoreError, WriteError
 
-__all__ = ["LocalStorage", "aligned_buffer", "counters"]
+__all__ = ["LocalStorage", "Reader", "Storage", "aligned_buffer", "counters"]
 
 _PAGE = 4096
 _PARTIAL = ".partial"
@@ -51,6 +52,58 @@ def aligned_buffer(nbytes: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, max(1, -(-nbytes // _PAGE)) * _PAGE), np.uint8)
 
 
+class Reader(Protocol):
+    """Ranged reads of one object.
+
+    Attributes
+    ----------
+    key : str
+    nbytes : int
+        Of the whole object.
+    """
+
+    key: str
+    nbytes: int
+
+    def read_into(self, *buffers: np.ndarray, offset: int) -> None:
+        """Fill buffers (uint8), one after another, from `offset` on; a short one is an error."""
+
+
+class Storage(Protocol):
+    """What a place for a store can do; see `LocalStorage` for what each method means.
+
+    Attributes
+    ----------
+    root : path or str
+    puts : int
+        Objects written so far.
+    at_once : int
+        Small objects that are best written at the same time.
+    """
+
+    root: Any
+    puts: int
+    at_once: int
+
+    def exists(self, key: str) -> bool: ...
+    def size(self, key: str) -> int | None: ...
+    def get(self, key: str) -> bytes | None: ...
+    def keys(self, prefix: str) -> list[str]: ...
+    def is_vacant(self) -> bool: ...
+    def reader(self, key: str) -> AbstractContextManager[Reader]: ...
+    def put(self, key: str, data: bytes | np.ndarray, nbytes: int | None = None) -> None: ...
+    def put_durable(self, key: str, data: bytes) -> None: ...
+    def put_once(self, key: str, data: bytes) -> None: ...
+    def make_folder(self, prefix: str) -> None: ...
+    def sync_folder(self, prefix: str) -> None: ...
+    def sweep(self, prefix: str) -> None: ...
+    def delete(self, key: str) -> None: ...
+    def free_bytes(self) -> int: ...
+    def lock(
+        self, name: str, shared: bool = False, wait: bool = False
+    ) -> AbstractContextManager[None]: ...
+
+
 class LocalStorage:
     """A folder. Writes go to a temporary name, are synced, then renamed.
 
@@ -72,6 +125,7 @@ class LocalStorage:
         self.root = Path(root)
         self.tag = tag
         self.puts = 0
+        self.at_once = 1
 
     def __repr__(self) -> str:
         return f"LocalStorage({str(self.root)!r})"
@@ -106,6 +160,10 @@ class LocalStorage:
         except FileNotFoundError:
             return []
         return [f"{prefix}/{name}" for name in sorted(names)]
+
+    def is_vacant(self) -> bool:
+        """Whether there is nothing yet but what a dump that was killed at once may leave."""
+        return not self.root.exists() or not set(os.listdir(self.root)) - {"journal"}
 
     @contextmanager
     def reader(self, key: str) -> Iterator[LocalReader]:
@@ -174,6 +232,10 @@ class LocalStorage:
         self.put(key, data)
         self.sync_folder(folder)
 
+    def put_once(self, key: str, data: bytes) -> None:
+        """`put_durable` of what must not be there yet; here a lock keeps others away."""
+        self.put_durable(key, data)
+
     def delete(self, key: str) -> None:
         self.path(key).unlink(missing_ok=True)
 
@@ -214,14 +276,19 @@ class LocalReader:
         self.key = key
         self.nbytes = os.fstat(fd).st_size
 
-    def read_into(self, buffer: np.ndarray, offset: int) -> None:
-        """Fill `buffer` (uint8) from `offset` on; a short file is an error."""
+    def read_into(self, *buffers: np.ndarray, offset: int) -> None:
+        """Fill buffers (uint8), one after another, from `offset` on; a short file is an error."""
+        left = list(buffers)
         done = 0
-        while done < len(buffer):
-            got = os.preadv(self._fd, [buffer[done:]], offset + done)
-            if got == 0:
+        while left:
+            got = os.preadv(self._fd, left, offset + done)
+            if got == 0 and len(left[0]):
                 raise CorruptStoreError(f"{self.key} is truncated at {self.nbytes} bytes")
             done += got
+            while left and got >= len(left[0]):
+                got -= len(left.pop(0))
+            if got:
+                left[0] = left[0][got:]
         counters.add(done)
 
 

@@ -610,10 +610,10 @@ def test_ranged_reads(tmp_path: Path) -> None:
     with storage.reader("object") as reader:
         assert reader.nbytes == 100
         out = np.empty(10, np.uint8)
-        reader.read_into(out, 90)
+        reader.read_into(out, offset=90)
         assert out.tolist() == list(range(90, 100))
         with pytest.raises(CorruptStoreError, match="truncated at 100"):
-            reader.read_into(out, 91)
+            reader.read_into(out, offset=91)
     assert (counters.reads, counters.bytes) == (1, 10)
     with pytest.raises(CorruptStoreError, match="missing"), storage.reader("other"):
         pass

@@ -229,3 +229,44 @@ def test_two_stores_at_one_path_are_not_mixed_up(tmp_path):
     (tmp_path / "1.0").rename(tmp_path / "away")
     (tmp_path / "2.0").rename(tmp_path / "1.0")
     assert actstore.moments(tmp_path / "1.0").compute()["mean"].values.max() == 2
+
+
+@pytest.mark.parametrize("tokens", [None, REST])
+@pytest.mark.parametrize(
+    "asked",
+    [{"bins": 7}, {"bins": 3000}, {"bins": 60, "range": (-2, 2)}, {"bins": [-1e-3, 0, 0.3, 310.7]}],
+)
+def test_approximate_histograms_are_exact_at_their_own_edges(pair, asked, tokens):
+    known, plain = pair
+    built = actstore.histogram(known, tokens=tokens, approximate=True, **asked)
+    before = counters.bytes
+    found = actstore.compute(built)
+    assert counters.bytes == before
+    assert found.attrs["source"] == "sketch"
+    exact = actstore.compute(actstore.histogram(plain, tokens=tokens, **asked))
+    values = plain["mlp_post"].values[:, np.ones(len(plain.tokens["token"]), bool)]
+    if tokens is not None:
+        values = values[:, plain.tokens["position"].values > 0]
+    for row in range(len(LAYERS)):
+        edges = found["edges"].values[row]
+        edges = edges[np.isfinite(edges)]
+        counts = found["counts"].values[row]
+        assert (np.diff(edges) > 0).all()
+        right = np.histogram(values[row].astype(np.float64), edges)[0]
+        assert np.array_equal(counts[: len(right)], right)
+        assert not counts[len(right) :].any()
+        assert found["below"][row] == (values[row] < edges[0]).sum()
+        assert found["above"][row] == (values[row] > edges[-1]).sum()
+        # Each edge is that which was asked, or moved by less than a run of the sketch is wide.
+        wanted = exact["edges"].values[row]
+        near = np.abs(wanted[:, None] - edges).min(axis=1)
+        assert (near <= np.maximum(np.abs(wanted) * 2.0**-7, 1e-38)).all()
+
+
+def test_approximate_histograms_without_sketches_are_exact(pair):
+    asked = {"bins": 30, "range": (-2, 2)}
+    _, plain = pair
+    found = actstore.compute(actstore.histogram(plain, approximate=True, **asked))
+    exact = actstore.compute(actstore.histogram(plain, **asked))
+    assert found["counts"].equals(exact["counts"])
+    assert found["edges"].equals(exact["edges"])

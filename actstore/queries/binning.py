@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ..stats.edges import Extremes, automatic_bins, even_edges, pool_extremes
+from ..stats.edges import (
+    Extremes,
+    automatic_bins,
+    even_edges,
+    pool_extremes,
+    snapped_edges,
+)
 from ..stats.histogram import Histogram
 from ..stats.moments import Moments
 from ..stats.quantiles import Quantiles, interpolate
@@ -48,6 +54,8 @@ class Course:
         Whether a histogram is over a whole layer.
     exact : bool
         Whether sketches know the values themselves, which then have 16 bits.
+    snap : bool
+        Whether edges are moved to those at which sketches count exactly.
     """
 
     size: int | None
@@ -63,6 +71,7 @@ class Course:
     search: Quantiles
     whole: bool
     exact: bool
+    snap: bool
 
     def passes(self) -> list[Pass]:
         steps = []
@@ -70,7 +79,7 @@ class Course:
             steps.append(Pass(Moments(), whole=True, sketch=True))
         if self.transform == "peak":
             steps.append(Pass(self.look_for_peaks))
-        known = self.whole and self.exact and not steps
+        known = self.whole and (self.exact or self.snap) and not steps
         if self.edges is not None:
             given = self.in_given_bins if steps else self.in_given_bins({})
             return [*steps, Pass(given, sketch=known)]
@@ -106,7 +115,12 @@ class Course:
             ends = rescale(np.stack([kept["min"], kept["max"]]))
             found = pool_extremes(ends[0], ends[1], self.groups)
         low, high = found["min"].astype(self.kind), found["max"].astype(self.kind)
-        return self._histogram(even_edges(low, high, self.size), rescale)
+        edges = even_edges(low, high, self.size)
+        if self.snap:
+            moved = snapped_edges(edges[0])  # of a whole layer: one row
+            edges = np.full_like(edges, np.nan)
+            edges[0, : len(moved)] = moved
+        return self._histogram(edges, rescale)
 
     def in_bins_by_rule(self, found: dict[str, Any]) -> Histogram:
         between = [found[name] for name in ("lower", "upper", "fraction")]

@@ -10,7 +10,7 @@ extremes, say. `share_reads` merges the lanes of several queries that read the s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
 from typing import Any
@@ -199,18 +199,15 @@ def _layer_arrays(
                 )
                 done = task(f"finish-{label}", number, row, call=_finish, of=[statistics, fold])
                 continue
-            folds = [
-                # The lane's own key says what is read; queries over the same blocks share it.
-                task(
-                    f"fold-{label}",
-                    number,
-                    row,
-                    i,
-                    call=run_lane,
-                    of=[task("lane", place, layer, i, call=_same, of=[lane]), statistics],
-                )
-                for i, lane in enumerate(_lanes(selection, source, layer, read, groups))
-            ]
+            folds = []
+            for i, lane in _lanes(selection, source, layer, read, groups):
+                # The lane's own key says what is read; queries over the same blocks share it, and
+                # all layers the tokens that count.
+                counted = task("counted", place, i, call=_same, of=[(lane.mask, lane.codes)])
+                bare = replace(lane, mask=None, codes=None)
+                own = task("lane", place, layer, i, call=_with_tokens, of=[bare, counted])
+                key = (f"fold-{label}", number, row, i)
+                folds.append(task(*key, call=run_lane, of=[own, statistics]))
             done = task(f"finish-{label}", number, row, call=_finish, of=[statistics, *folds])
         task(f"all-{label}", row, call=stack_groups, of=[blank, done])
     return label_arrays(graph, label, len(layers), groups, outputs)
@@ -242,12 +239,12 @@ def _place(selection: Selection, source: Source, neurons: np.ndarray) -> str:
 
 def _lanes(
     selection: Selection, source: Source, layer: int, neurons: np.ndarray, groups: int
-) -> Iterator[Lane]:
-    """Cut a layer's blocks into runs; blocks without a chosen token are left to be skipped."""
+) -> Iterator[tuple[int, Lane]]:
+    """Cut a layer's blocks into numbered runs; those without a chosen token are left out."""
     cuts = np.unique(np.linspace(0, len(source.bounds) - 1, LANES_PER_LAYER + 1).astype(int))
     every = len(neurons) == source.width
     columns = slice(0, source.width) if every else neurons
-    for a, b in pairwise(cuts):
+    for i, (a, b) in enumerate(pairwise(cuts)):
         bounds = source.bounds[a : b + 1]
         tokens = slice(bounds[0], bounds[-1])
         mask = None if selection.mask is None else selection.mask[tokens]
@@ -255,7 +252,12 @@ def _lanes(
             continue
         codes = None if selection.groups is None else selection.groups.codes[tokens]
         index = source.layers.index(layer)
-        yield Lane(source.array, index, bounds, columns, mask, codes, groups)
+        yield i, Lane(source.array, index, bounds, columns, mask, codes, groups)
+
+
+def _with_tokens(lane: Lane, counted: tuple[np.ndarray | None, np.ndarray | None]) -> Lane:
+    mask, codes = counted
+    return replace(lane, mask=mask, codes=codes)
 
 
 def _same(value: Any) -> Any:

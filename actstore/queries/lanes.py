@@ -18,9 +18,6 @@ __all__ = ["Lane", "keep_memory", "run_lane"]
 PIECE_NBYTES = 4 * 2**20
 """What is read at a time where neurons are pooled: it stays in the cache."""
 
-MAX_GAPS = 4
-"""More gaps between the tokens of a block than this are closed by copying."""
-
 
 @dataclass(frozen=True)
 class Lane:
@@ -52,46 +49,54 @@ class Lane:
     def blocks(self, *, in_pieces: bool) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield (group, values (token, neuron), token numbers) of each block, none empty.
 
-        In pieces: some of the neurons at a time, which stay in the cache, and runs of tokens
-        without the gaps between, which need not be copied together.
+        In pieces: a few inner chunks at a time, one upon the other, which stay in the cache. Rows
+        are then values of the tokens given, but of some neurons only, and the tokens come again
+        with the others.
         """
-        start = self.bounds[0]
+        if in_pieces and isinstance(self.array, ShardedArray) and isinstance(self.neurons, slice):
+            yield from self._pieces(self.array)
+            return
         for a, b in pairwise(self.bounds):
-            rows = a + (
-                np.arange(b - a)
-                if self.mask is None
-                else np.flatnonzero(self.mask[a - start : b - start])
-            )
-            if not len(rows):
-                continue
-            parts = list(self._parts(rows, in_pieces))
-            for columns in self._columns(b - a) if in_pieces else [self.neurons]:
-                values = self._read(slice(rows[0], rows[-1] + 1), columns)
-                for group, part in parts:
+            rows = self._chosen(a, b)
+            if len(rows):
+                values = self._read(slice(rows[0], rows[-1] + 1))
+                for group, part in self._parts(rows):
                     yield group, _rows(values, part - rows[0]), part
                 del values  # before the next is read, so that its memory is used again
 
-    def _parts(self, tokens: np.ndarray, in_pieces: bool) -> Iterator[tuple[int, np.ndarray]]:
-        """Tokens by group, or cut at their gaps, if those are few."""
-        if self.codes is not None:
-            codes = self.codes[tokens - self.bounds[0]]
-            for group in np.unique(codes):
-                yield int(group), tokens[codes == group]
+    def _pieces(self, array: ShardedArray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Bounds are those of rows of inner chunks; of each shard, those with tokens that count."""
+        layout = array.layout
+        wanted: dict[int, dict[int, tuple[int, np.ndarray]]] = {}
+        for a, b in pairwise(self.bounds.tolist()):
+            tokens = self._chosen(a, b)
+            if len(tokens):
+                block, inside = divmod(a, layout.rows)
+                wanted.setdefault(block, {})[inside // layout.chunk_rows] = a, tokens
+        for block, chosen in wanted.items():
+            for i, values in array.pieces(self.layer_index, block, chosen, PIECE_NBYTES):
+                a, tokens = chosen[i]
+                for group, part in self._parts(tokens):
+                    yield group, _rows(values, part - a).reshape(-1, values.shape[2]), part
+
+    def _chosen(self, a: int, b: int) -> np.ndarray:
+        """Numbers of the tokens from a to b that count."""
+        if self.mask is None:
+            return np.arange(a, b)
+        start = self.bounds[0]
+        return a + np.flatnonzero(self.mask[a - start : b - start])
+
+    def _parts(self, tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Tokens by group."""
+        if self.codes is None:
+            yield 0, tokens
             return
-        gaps = np.flatnonzero(np.diff(tokens) > 1) + 1
-        for part in np.split(tokens, gaps) if in_pieces and len(gaps) < MAX_GAPS else [tokens]:
-            yield 0, part
+        codes = self.codes[tokens - self.bounds[0]]
+        for group in np.unique(codes):
+            yield int(group), tokens[codes == group]
 
-    def _columns(self, rows: int) -> list[slice | np.ndarray]:
-        """The neurons in runs of whole inner chunks."""
-        if not (isinstance(self.neurons, slice) and isinstance(self.array, ShardedArray)):
-            return [self.neurons]
-        unit = self.array.layout.chunk_width
-        fit = PIECE_NBYTES // (rows * self.array.dtype.itemsize * unit)
-        step = max(1, fit) * unit
-        return [slice(j, j + step) for j in range(0, self.neurons.stop, step)]
-
-    def _read(self, tokens: slice, columns: slice | np.ndarray) -> np.ndarray:
+    def _read(self, tokens: slice) -> np.ndarray:
+        columns = self.neurons
         hull = columns if isinstance(columns, slice) else _hull(columns)
         values = self.array[self.layer_index, tokens, hull]
         if not isinstance(values, np.ndarray):
@@ -125,10 +130,10 @@ def keep_memory() -> None:
 
 
 def _rows(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Some rows, ascending; without a copy where none lies between."""
+    """Some rows (..., row, neuron), ascending; without a copy where none lies between."""
     if rows[-1] - rows[0] + 1 == len(rows):
-        return values[rows[0] : rows[-1] + 1]
-    return values[rows]
+        return values[..., rows[0] : rows[-1] + 1, :]
+    return values[..., rows, :]
 
 
 def _hull(neurons: np.ndarray) -> slice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 
 __all__ = [
@@ -40,8 +41,14 @@ def variances(scatter: np.ndarray, n: int, most: int) -> np.ndarray:
     """
     if n < 2 or not np.isfinite(scatter).all():
         return np.full(most, np.nan)
-    values = np.linalg.eigvalsh(scatter)[::-1][:most]
+    values = _eigenvalues(scatter)[::-1][:most]
     return np.maximum(values, 0) / (n - 1)
+
+
+@numba.njit(nogil=True, cache=True)
+def _eigenvalues(symmetric):  # type: ignore[no-untyped-def]
+    """LAPACK's, as numpy's, which however keeps other threads waiting."""
+    return np.linalg.eigvalsh(symmetric)
 
 
 def participation_ratio(scatter: np.ndarray) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from .streaming import LayerSketch, State
 
-__all__ = ["RULES", "Extremes", "automatic_bins", "even_edges"]
+__all__ = ["RULES", "Extremes", "automatic_bins", "even_edges", "snapped_edges"]
 
 RULES = ("freedman_diaconis", "sturges", "one_bin", "capped")
 """How the number of bins of a histogram with ``bins="fd"`` came about."""
@@ -89,6 +90,47 @@ def even_edges(low: np.ndarray, high: np.ndarray, bins: int | np.ndarray) -> np.
         rows = np.flatnonzero(sizes == size)
         edges[rows, : size + 1] = np.linspace(low[rows], high[rows], size + 1, axis=-1)
     return edges
+
+
+def snapped_edges(edges: np.ndarray) -> np.ndarray:
+    """Edges moved to where a table of float32 values by their upper 16 bits can be cut.
+
+    Parameters
+    ----------
+    edges : ndarray of float64 (edge,)
+        Ascending.
+
+    Returns
+    -------
+    ndarray of float64
+        The first moved down, the last up, each other one to the nearest cut; of those that meet
+        one is left. The last is the largest value below its cut, since the last bin is closed.
+
+    Examples
+    --------
+    >>> snapped_edges(np.array([0.5, 1.001, 2.0])).round(4).tolist()
+    [0.5, 1.0, 2.0156]
+    """
+    cuts = _cuts()
+    above = np.searchsorted(cuts, edges, side="right")  # cuts[above - 1] <= edge < cuts[above]
+    low, high = cuts[np.maximum(above - 1, 0)], cuts[np.minimum(above, len(cuts) - 1)]
+    moved = np.where(edges - low <= high - edges, low, high)
+    moved[0] = low[0]
+    moved = np.unique(moved[:-1])
+    end = np.nextafter(high[-1].astype(np.float32), np.float32(-np.inf))
+    return np.append(moved[moved < end], np.float64(end))
+
+
+@cache
+def _cuts() -> np.ndarray:
+    """The least float32 of every run of values with the same upper 16 bits, but around zero.
+
+    The runs of 0.0 and -0.0 are one, as those are the same number.
+    """
+    ends = (np.arange(1, 0x7F80, dtype=np.uint32) << 16).view(np.float32)
+    below = np.nextafter(-ends[::-1], np.float32(0))
+    least = np.finfo(np.float32).min
+    return np.concatenate([[least], below, ends, [np.inf]]).astype(np.float64)
 
 
 def automatic_bins(

@@ -42,7 +42,7 @@ class Statistic(Protocol):
     """What every streaming statistic has.
 
     One that makes no difference between neurons may say so by a true attribute ``pooled``: its
-    chunks may then hold some of the neurons only, whichever are at hand.
+    chunks may then hold some of the neurons only, whichever are at hand, one upon the other.
     """
 
     def chunk(self, values_tn: np.ndarray, tokens_t: np.ndarray) -> State:

@@ -1,0 +1,62 @@
+"""Where stores are: folders, by their path, and object stores, by URL."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .errors import UsageError
+from .storage import LocalStorage, Storage
+
+__all__ = ["absolute", "is_url", "last_name", "storage_at", "zarr_at"]
+
+_FILE = "file://"
+
+
+def is_url(place: str | os.PathLike[str]) -> bool:
+    """Whether a place is in an object store.
+
+    Examples
+    --------
+    >>> is_url("s3://bucket/run.zarr"), is_url("run.zarr"), is_url("file:///data/run.zarr")
+    (True, False, False)
+    """
+    text = os.fspath(place)
+    return "://" in text and not text.startswith(_FILE)
+
+
+def absolute(place: str | os.PathLike[str]) -> str:
+    """A path from the root, a URL as it is: what other processes can find the place by."""
+    text = os.fspath(place)
+    return text.rstrip("/") if is_url(text) else os.path.abspath(text.removeprefix(_FILE))
+
+
+def last_name(place: str | os.PathLike[str]) -> str:
+    """The last part of a path or URL."""
+    return absolute(place).rpartition("/")[2]
+
+
+def storage_at(place: str | os.PathLike[str], tag: str = "0") -> Storage:
+    """Objects under a path or URL; `tag` as for `LocalStorage`."""
+    if is_url(place):
+        return _remote().RemoteStorage(os.fspath(place), tag)
+    return LocalStorage(os.fspath(place).removeprefix(_FILE), tag)
+
+
+def zarr_at(place: str) -> Any:
+    """What zarr and xarray open, for reading."""
+    if not is_url(place):
+        return place.removeprefix(_FILE)
+    from zarr.storage import ObjectStore
+
+    return ObjectStore(_remote().object_store(place), read_only=True)
+
+
+def _remote() -> Any:
+    try:
+        from . import remote
+    except ImportError:
+        raise UsageError(
+            "stores at URLs need obstore: pip install 'actstore[remote]', or give a path"
+        ) from None
+    return remote
