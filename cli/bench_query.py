@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .bench_information import information_rows
 from .bench_similarity import peak_memory, profile
 from .output import print_json, print_table, say, size
 
@@ -32,7 +33,8 @@ def query(
     scan: moments and a 300-bin histogram of every layer in one pass, against reading the same
     shards (every checksum checked), and against reading their files alone. sketch: moments per
     neuron, extremes. neurons: a histogram of every neuron, against xhistogram on dask. profile:
-    dimensionality and RSA of 12 layers x 4 stages at 500 tokens, against plain numpy.
+    dimensionality and RSA of 12 layers x 4 stages at 500 tokens, against plain numpy. pairs:
+    information and covariance of all pairs of 250 x 1,024, against the plain double loop.
     """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         path = Path(scratch) / "bench.zarr"
@@ -41,6 +43,7 @@ def query(
         took, plain = profile(Path(scratch), repeats)
         what = "dimensionality + rsa, 12 layers x 4 stages, 500 tokens"
         rows.append(_row(what, took["ours"], plain, took["plain"]))
+        rows += information_rows(repeats)
     peak = peak_memory()
     if as_json:
         print_json({"rows": rows, "peak_bytes": peak})

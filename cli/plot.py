@@ -37,6 +37,10 @@ _EXAMPLES = {
     "cka": '--stages hidden --pairs layers --debiased --tokens "position > 0"',
     "cosine_pairs": "--stages hidden --layers 3 --quantiles 0.01,0.5,0.99",
     "gaussian_baseline": "--stages hidden --dimensions 10,100",
+    "mutual_information": "--stages hidden --by condition --reduce histogram",
+    "pairwise_covariance": "--stages hidden --layers 3 --by condition",
+    "layer_covariance": '--stages hidden --tokens "position > 0"',
+    "label_information": "--stages hidden --layers 3 --label condition --null 100",
 }
 
 

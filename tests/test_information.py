@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dask
 import numpy as np
 import pytest
 import xarray as xr
@@ -14,6 +15,7 @@ from sklearn.metrics import mutual_info_score
 import actstore
 from actstore.errors import UnknownNameError, UsageError
 from actstore.plan import StageSpec
+from actstore.queries import information
 from actstore.stats.information import (
     copula_information,
     copula_ranks,
@@ -238,7 +240,14 @@ def test_null(store):
         a, b = x[3].astype("f8"), x[4].astype("f8")[order]
         both = keep[0] & keep[1][order]
         shuffled.append(reference(a[both], b[both], threshold=0)[0])
-    assert result["null_mean"][0, 3, 4].item() == pytest.approx(np.mean(shuffled), abs=1e-9)
+    mean, std = np.mean(shuffled), np.std(shuffled, ddof=1)
+    own = result.isel(layer=0, token=3, token_b=4)
+    assert own["null_mean"].item() == pytest.approx(mean, abs=1e-9)
+    assert own["null_std"].item() == pytest.approx(std, abs=1e-9)
+    want = (reference(x[3], x[4])[0] - mean) / std
+    assert own["z"].item() == pytest.approx(want, rel=1e-6)
+    many = actstore.mutual_information(opened, null=2000, **asked)
+    assert max(many["z"].chunks[1]) < 20  # no task takes long
 
 
 def test_null_of_unrelated_vectors():
@@ -278,6 +287,62 @@ def test_reduced(store, estimator):
         np.testing.assert_array_equal(joint["counts"].sel(layer=layer), both)
 
 
+@pytest.mark.parametrize("steps", [1, 10**6, 2**40])
+def test_reduced_in_any_number_of_tasks(store, monkeypatch, steps):
+    """Of tokens with themselves, of two sets, of neurons, and of groups one of which is empty."""
+    opened, _ = store
+    monkeypatch.setattr(information, "BLOCK", 32)
+    monkeypatch.setattr(information, "_TASK_STEPS", steps)
+    where = {"stages": "hidden", "layers": 2}
+    for asked in (
+        {"tokens": "sequence > 0"},
+        {"tokens": "sequence == 0", "tokens_b": "sequence > 0"},
+        {"axis": "neuron", "tokens": "sequence == 2"},
+    ):
+        lazy = actstore.mutual_information(opened, reduce="joint", reduce_bins=7, **asked, **where)
+        tasks = [k for k in dict(lazy.__dask_graph__()) if str(k[0]).startswith("ends-")]
+        assert len(tasks) == 1 or steps < 2**40
+        reduced, whole = actstore.compute(
+            lazy, actstore.pairs(actstore.mutual_information(opened, **asked, **where))
+        )
+        flat = [whole[n].values[0] for n in ("covariance", "mutual_information")]
+        want = np.histogram2d(*flat, 7)
+        np.testing.assert_array_equal(reduced["counts"][0], want[0])
+        np.testing.assert_allclose(reduced["edges_covariance"][0], want[1], rtol=1e-12)
+        np.testing.assert_allclose(reduced["mean_covariance"][0], flat[0].mean(), rtol=1e-9)
+    groups = actstore.pairwise_covariance(
+        opened, stages="hidden,mlp_out", by="sequence", tokens="sequence != 1", reduce="histogram"
+    )
+    groups = actstore.compute(groups)
+    assert groups["counts_covariance"].dims == ("stage", "layer", "sequence", "bin_covariance")
+    counted = groups["counts_covariance"].sum("bin_covariance")
+    assert counted.sel(stage="mlp_out", layer=1, sequence=2).item() == 100 * 99 / 2
+    assert np.isnan(groups["mean_covariance"].sel(sequence=1)).all()
+    assert np.isnan(groups["mean_covariance"].sel(stage="mlp_out", layer=2)).all()
+
+
+def test_nothing_is_computed_until_asked(store):
+    def never(*_, **__):
+        raise AssertionError("computed")
+
+    with dask.config.set(scheduler=never):
+        for reduce in (None, "mean", "histogram", "joint"):
+            made = actstore.mutual_information(store[0], reduce=reduce, by="sequence")
+            assert made.attrs["query"] == "mutual_information"
+        actstore.layer_covariance(store[0])
+
+
+def test_labels_of_tokens(store):
+    """Which tokens the rows and columns are of, in words."""
+    opened, _ = store
+    one = actstore.mutual_information(opened, stages="hidden", tokens="sequence == 1")
+    assert one["position"].dims == ("token",) and one["position"].values.tolist() == [*range(60)]
+    two = actstore.mutual_information(
+        opened, stages="hidden", tokens="sequence == 1", tokens_b="position == 5"
+    )
+    assert two["sequence_b"].dims == ("token_b",) and two["sequence_b"].values.tolist() == [0, 1, 2]
+
+
 def test_covariance_alone(store):
     opened, _ = store
     asked = {"stages": "mlp_out", "tokens": "sequence < 2"}
@@ -303,6 +368,12 @@ def test_covariance_alone(store):
             "has its own",
         ),
         ({"reduce": "median"}, UnknownNameError, "value of reduce"),
+        ({"reduce": "histogram", "reduce_bins": 0}, UsageError, "reduce_bins is 0"),
+        (
+            {"reduce": "joint", "reduce_bins": 2000},
+            UsageError,
+            "of a joint histogram at most 1,000",
+        ),
     ],
 )
 def test_bad_questions(store, asked, error, message):

@@ -71,6 +71,40 @@ def test_by_neuron(store):
             assert got["r_squared"].item() == pytest.approx(np.mean(squares), abs=1e-6)
 
 
+def test_layers_of_two_stages(tmp_path):
+    """A stage's layers with those of another as wide: rows of the one, columns of the other."""
+    stages = [StageSpec("hidden", (0, 1, 2), 12), StageSpec("attn_out", (0, 1), 12)]
+    stages.append(StageSpec("mlp_out", (0, 1), 12))
+    plan = plan_of(bare_corpus([50, 40]), stages, 64)
+    rng = np.random.default_rng(0)
+    values = {s.name: rng.normal(size=(len(s.layers), 90, 12)).astype("f4") for s in plan.stages}
+    values["mlp_out"] += values["hidden"][:2]
+    write_store(tmp_path / "a.zarr", plan, values)
+    opened = actstore.open(tmp_path / "a.zarr")
+    asked = {"stages": "hidden,attn_out", "stage_b": "mlp_out"}
+    result = actstore.compute(actstore.layer_covariance(opened, **asked))
+    assert dict(result.sizes) == {"stage": 2, "layer": 3, "layer_b": 2}
+    assert result.attrs["stage_b"] == "mlp_out"
+    each = actstore.compute(actstore.layer_covariance(opened, per="neuron", by="sequence", **asked))
+    for stage, n in (("hidden", 3), ("attn_out", 2)):
+        both = np.concatenate([values[stage], values["mlp_out"]]).astype(np.float64)
+        flat = both.reshape(n + 2, -1)
+        own = result.sel(stage=stage).isel(layer=slice(n))
+        np.testing.assert_allclose(own["covariance"], np.cov(flat)[:n, n:], atol=1e-6)
+        want = np.corrcoef(flat)[:n, n:]
+        np.testing.assert_allclose(own["correlation"], want, atol=1e-6)
+        np.testing.assert_allclose(own["r_squared"], want**2, atol=1e-6)
+        squares = [np.corrcoef(both[:, 50:, j])[:n, n:] ** 2 for j in range(12)]
+        got = each["r_squared"].sel(stage=stage, sequence=1).isel(layer=slice(n))
+        np.testing.assert_allclose(got, np.mean(squares, 0), atol=1e-6)
+    assert np.isnan(result["covariance"].sel(stage="attn_out", layer=2)).all()
+    one = actstore.layer_covariance(opened, layers=1, stages="hidden", stage_b="mlp_out")
+    assert actstore.compute(one)["covariance"].shape == (1, 1)
+    assert actstore.pairs(result.sel(stage="hidden")).sizes["pair"] == 6
+    with pytest.raises(UsageError, match=r"mlp_out has none of the layers asked; it has \[0, 1\]"):
+        actstore.layer_covariance(opened, layers=2, stages="hidden", stage_b="mlp_out")
+
+
 def test_groups_and_bad_questions(store):
     opened, values = store
     result = actstore.compute(actstore.layer_covariance(opened, stages="mlp_out", by="sequence"))
@@ -80,6 +114,10 @@ def test_groups_and_bad_questions(store):
     assert_covariance(result["covariance"].sel(sequence=2).values, want)
     with pytest.raises(UnknownNameError, match="value of per"):
         actstore.layer_covariance(opened, per="head")
+    with pytest.raises(UnknownNameError, match=r"value of stage_b 'mlp_ot'.*did you mean"):
+        actstore.layer_covariance(opened, stage_b="mlp_ot")
+    with pytest.raises(UsageError, match="hidden and mlp_out have 30 and 20 neurons"):
+        actstore.layer_covariance(opened, stages="hidden", stage_b="mlp_out")
     with pytest.raises(UsageError, match="needs two"):
         actstore.layer_covariance(opened, layers=1)
     frame = xr.DataArray(np.ones((2, 1, 1), "f4"), dims=("layer", "token", "neuron"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import dask
 import numpy as np
 import pytest
 import xarray as xr
-from helpers import bare_corpus, plan_of, write_store
+from helpers import bare_corpus, plan_of, random_values, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -698,3 +699,13 @@ def test_agrees_with_rsatoolbox(compare):
         actstore.rsa(frames[0], data_b=frames[1], metric="correlation", compare=compare)
     )
     assert result["rsa"].item() == pytest.approx(want, abs=1e-6)
+
+
+def test_groups_whose_names_are_no_names_of_groups(tmp_path: Path) -> None:
+    """Marks that are steps of a path, or the same once "/" is replaced, are all there."""
+    marks = [".", "..", "/", "_", "a"]
+    corpus = actstore.build_corpus([{"input_ids": [1, 2, 3], "mark": mark} for mark in marks])
+    plan = plan_of(corpus, [StageSpec("hidden", (0,), 8)], 16)
+    write_store(tmp_path / "marks.zarr", plan, random_values(plan))
+    tree = actstore.cosine_matrix(actstore.open(tmp_path / "marks.zarr"), by="mark")
+    assert {str(group["mark"].values) for group in tree.children.values()} == set(marks)

@@ -40,6 +40,20 @@ from .distributions import (
     profiles,
     quantiles,
 )
+from .information import (
+    information,
+    information_density,
+    information_depth,
+    information_map,
+    information_matrix,
+    information_scatter,
+    label_bars,
+    label_profile,
+    label_ranks,
+    labels,
+    layer_covariance_matrix,
+    layer_covariances,
+)
 from .samples import (
     condition_scatter,
     conditions,
@@ -83,7 +97,19 @@ __all__ = [
     "draw",
     "histogram",
     "histograms",
+    "information",
+    "information_density",
+    "information_depth",
+    "information_map",
+    "information_matrix",
+    "information_scatter",
     "intrinsic_dimensions",
+    "label_bars",
+    "label_profile",
+    "label_ranks",
+    "labels",
+    "layer_covariance_matrix",
+    "layer_covariances",
     "layer_matrix",
     "means",
     "neuron_panels",
@@ -130,6 +156,10 @@ PLOTS: dict[str, Callable[..., np.ndarray]] = {
     "cka": comparisons,
     "cosine_pairs": cosine_densities,
     "gaussian_baseline": baselines,
+    "mutual_information": information,
+    "pairwise_covariance": information,
+    "layer_covariance": layer_covariances,
+    "label_information": labels,
 }
 """What draws the result of each query, whatever its shape."""
 

@@ -6,8 +6,10 @@ from .between import layer_covariance
 from .cosines import cosine_pairs, gaussian_baseline
 from .dimensions import dimensionality, intrinsic_dimension, spectrum
 from .examples import sample, top_tokens
+from .flat import pairs
 from .histograms import histogram
 from .information import mutual_information, pairwise_covariance
+from .labels import label_information
 from .matrices import cosine_matrix
 from .registry import QUERIES
 from .result import compute
@@ -25,11 +27,13 @@ __all__ = [
     "gaussian_baseline",
     "histogram",
     "intrinsic_dimension",
+    "label_information",
     "layer_covariance",
     "mean_activation",
     "moments",
     "mutual_information",
     "normality",
+    "pairs",
     "pairwise_covariance",
     "peaks",
     "quantiles",

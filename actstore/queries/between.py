@@ -1,4 +1,4 @@
-"""Covariance, correlation and R squared between the layers of a stage."""
+"""Covariance, correlation and R squared between the layers of a stage, or of two."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Literal
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import UnknownNameError, UsageError
 from ..stats.layers import LayerProducts
 from .engine import Output
 from .joint import Answers, Rows, View
 from .registry import query
 from .result import Result, provenance
 from .rows import check
-from .selection import Data, Names, Numbers, Selection, Tokens, select
+from .selection import Data, Names, Numbers, Selection, Source, Tokens, select
 from .units import Unit, labelled, place_of, rows_of_groups, view_of
 
 __all__ = ["layer_covariance"]
@@ -22,18 +22,22 @@ __all__ = ["layer_covariance"]
 Per = Literal["flattened", "neuron"]
 PER = ("flattened", "neuron")
 
-_BLOCK_NBYTES = 2**28
+_BLOCK_NBYTES = 2**26
 
 
 @dataclass(frozen=True)
 class _Layers:
-    """Asks how the layers of a stage go together; views are None where a layer is missing."""
+    """Asks how the layers of a stage go together, or with those of another stage.
+
+    Views are None where a layer is missing.
+    """
 
     layers: tuple[View | None, ...]
+    others: tuple[View, ...] | None
     per: str
 
     def of_rows(self, rows: Rows) -> Answers:
-        views = [v for v in self.layers if v is not None]
+        views = [v for v in (*self.layers, *(self.others or ())) if v is not None]
         products, width = LayerProducts(), views[0].width
         step = max(1, _BLOCK_NBYTES // (8 * width * len(views)))
         for top in range(0, len(rows.tokens), step):
@@ -46,9 +50,14 @@ class _Layers:
         else:
             found = _described(products.flattened())
         there = np.flatnonzero([v is not None for v in self.layers])
-        whole = {n: np.full((len(self.layers),) * 2, np.nan) for n in found}
+        columns, shape = there, (len(self.layers),) * 2
+        if self.others is not None:
+            n = len(there)
+            found = {name: values[:n, n:] for name, values in found.items()}
+            columns, shape = np.arange(len(self.others)), (len(self.layers), len(self.others))
+        whole = {n: np.full(shape, np.nan) for n in found}
         for name, values in found.items():
-            whole[name][np.ix_(there, there)] = values
+            whole[name][np.ix_(there, columns)] = values
         return whole
 
 
@@ -78,8 +87,9 @@ def layer_covariance(
     by: str | None = None,
     exclude_sinks: str | None = None,
     per: Per = "flattened",
+    stage_b: str | None = None,
 ) -> Result:
-    """Covariance, correlation and R squared between every two layers of a stage.
+    """Covariance, correlation and R squared between every two layers of a stage, or of two stages.
 
     Parameters
     ----------
@@ -87,6 +97,8 @@ def layer_covariance(
         "flattened" takes every (token, neuron) for one sample about the mean of all; "neuron"
         compares each neuron with itself at the other layer, and averages over neurons (those that
         are constant left out of correlations).
+    stage_b : str, optional
+        Compare each stage's layers with those of this one, which has as many neurons.
 
     Returns
     -------
@@ -104,35 +116,64 @@ def layer_covariance(
     selection = select(data, stages, layers, tokens, neurons, by, exclude_sinks)
     check("per", per, PER)
     every = sorted({n for own in selection.layers.values() for n in own})
-    if len(every) < 2:
+    other = None if stage_b is None else _other(selection, stage_b)
+    if other is None and len(every) < 2:
         raise UsageError(f"there is but layer {every[0]}: covariance between layers needs two")
-    n = len(every)
+    columns = every
+    if other is not None:
+        columns = [n for n in other.layers if layers is None or n in every]
+        if not columns:
+            raise UsageError(f"{stage_b} has none of the layers asked; it has {other.layers}")
     described = {
         "covariance": ("covariance (ddof 1)", "activation^2"),
         "correlation": ("correlation", "1"),
         "r_squared": ("squared correlation", "1"),
     }
+    shape = len(every), len(columns)
     outputs = {
-        name: Output(("layer", "layer_b"), (n, n), np.float64, {"long_name": text, "units": units})
+        name: Output(("layer", "layer_b"), shape, np.float64, {"long_name": text, "units": units})
         for name, (text, units) in described.items()
     }
-    units = [_unit(selection, source.stage, every, per) for source in selection.sources]
+    units = [_unit(selection, s, every, per, other, columns) for s in selection.sources]
     names = np.array([s.stage for s in selection.sources], object)
     made = labelled(selection, units, "stage", names, outputs, 2**31)
-    made = made.assign_coords(layer=every, layer_b=every)
+    made = made.assign_coords(layer=every, layer_b=columns)
     made = made.isel(stage=0) if len(selection.sources) == 1 else made
-    return made.assign_attrs(provenance("layer_covariance", selection, {"per": per}, 1))
+    parameters = {"per": per, "stage_b": stage_b}
+    made = made.assign_attrs(provenance("layer_covariance", selection, parameters, 1))
+    return made if stage_b is None else made.assign_attrs(stage_b=stage_b)
 
 
-def _unit(selection: Selection, stage: str, layers: list[int], per: str) -> Unit:
-    (source,) = [s for s in selection.sources if s.stage == stage]
-    own = selection.layers[stage]
-    views = tuple(
-        view_of(source, layer, selection.neurons[stage]) if layer in own else None
-        for layer in layers
-    )
+def _other(selection: Selection, stage_b: str) -> Source:
+    known = selection.all_sources()
+    if stage_b not in known:
+        raise UnknownNameError("value of stage_b", stage_b, known)
+    other = known[stage_b]
+    for source in selection.sources:
+        if source.width != other.width:
+            raise UsageError(
+                f"stages {source.stage} and {stage_b} have {source.width:,} and {other.width:,} "
+                "neurons: covariance between their layers needs as many of both; rsa and cka "
+                "compare any two"
+            )
+    return other
+
+
+def _unit(
+    selection: Selection,
+    source: Source,
+    layers: list[int],
+    per: str,
+    other: Source | None,
+    columns: list[int],
+) -> Unit:
+    neurons, own = selection.neurons[source.stage], selection.layers[source.stage]
+    views = tuple(view_of(source, n, neurons) if n in own else None for n in layers)
+    others = None
+    if other is not None:
+        others = tuple(view_of(other, n, neurons) for n in columns)
     asked = [
-        [(rows, _Layers(views, per))] if len(rows.tokens) else []
+        [(rows, _Layers(views, others, per))] if len(rows.tokens) else []
         for rows in rows_of_groups(selection)
     ]
-    return Unit(place_of(selection, "stage", stage), asked)
+    return Unit(place_of(selection, "stage", source.stage), asked)

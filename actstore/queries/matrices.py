@@ -221,6 +221,9 @@ def matrices_of(
     for value, tokens in zip(selection.groups.values, selection.members(), strict=True):
         if len(tokens):
             name = str(value).replace("/", "_") or "_"
+            name = "_" * len(name) if name in (".", "..") else name  # steps of a path
+            while name in own:
+                name += "_"
             own[name] = make(tokens).assign_attrs(attrs).assign_coords({label: value})
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), **own})
 

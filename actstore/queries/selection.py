@@ -43,8 +43,8 @@ Tokens = str | np.ndarray | None
 RESULT_NAMES = frozenset(
     """
     bin bin_covariance bin_mutual_information component dimension edge edge_covariance
-    edge_mutual_information edges head layer layer_a layer_b neuron pair peak q quantile rank
-    sample stage stage_a stage_b token token_a token_b
+    edge_mutual_information edges head layer layer_a layer_b neuron neuron_a neuron_b pair peak q
+    quantile rank sample stage stage_a stage_b token token_a token_b
     """.split()  # noqa: SIM905 - a list of words reads better as words
 )
 """Names of the dimensions of results, and of what lies along them: no label to split by has one."""

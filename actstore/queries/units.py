@@ -192,7 +192,7 @@ def memory_nbytes(memory: int | str) -> int:
     """A memory limit in bytes, as "2GiB" or a number."""
     try:
         nbytes = int(parse_bytes(memory))
-    except ValueError:
+    except (ValueError, OverflowError):
         nbytes = -1
     if nbytes < LEAST_MEMORY:
         raise UsageError(f"memory {memory!r}: write a size of at least 16 MiB, such as '2GiB'")

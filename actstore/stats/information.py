@@ -9,6 +9,7 @@ whose mask takes one of its ends away.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numba
 import numpy as np
@@ -21,6 +22,9 @@ __all__ = [
     "pair_information",
     "prepare",
 ]
+
+_MOST_TWICE = np.uint32(4096)
+"""Cells of a table that is worth keeping twice."""
 
 _EPS = 1e-12
 """What the notebook adds inside the logarithm; to first order it takes so much from each bin."""
@@ -52,6 +56,21 @@ class Binned:
     starts: np.ndarray
     outliers: np.ndarray
     bins: int
+
+    @cached_property
+    def centred(self) -> np.ndarray:
+        """Values about the mean of what is kept; 0 where not kept."""
+        kept = np.maximum(self.keep.sum(1, keepdims=True), 1)
+        values = np.where(self.keep, self.values, 0)
+        values -= values.sum(1, keepdims=True) / kept
+        values[~self.keep] = 0
+        return values
+
+    @cached_property
+    def left_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Samples that some vector does not keep, and which of the vectors do not, as 0 and 1."""
+        samples = np.flatnonzero(~self.keep.all(0))
+        return samples, (~self.keep[:, samples]).astype(np.float64)
 
     def permuted(self, order: np.ndarray) -> Binned:
         """With the samples in another order."""
@@ -157,10 +176,16 @@ def _pairs(x, keep_x, low_x, high_x, codes_x, starts_x, out_x, y, keep_y, low_y,
     n, m, d = len(x), len(y), x.shape[1]
     information = np.full((n, m), np.nan)
     samples, occupied = np.zeros((n, m), np.int64), np.zeros((n, m), np.int64)
-    joint = np.empty(bins * bins, np.int64)
+    cells = np.uint32(bins * bins)
+    # Two tables in turn: the same cell twice in a row would wait for itself to be written.
+    apart = cells if cells <= _MOST_TWICE else np.uint32(0)
+    joint = np.empty(cells + apart, np.int32)
+    places, again = np.empty(d, np.uint32), np.empty(d, np.uint32)
     first, second = np.empty(d, np.uint8), np.empty(d, np.uint8)
     both = np.empty(d, np.bool_)
     for i in range(n):
+        for k in range(d):
+            places[k] = codes_x[i, k] * np.uint32(bins) + np.uint32(k & 1) * apart
         for j in range(i + 1 if own else 0, m):
             masked = starts_x[i + 1] - starts_x[i]
             again_x = again_y = False
@@ -177,21 +202,25 @@ def _pairs(x, keep_x, low_x, high_x, codes_x, starts_x, out_x, y, keep_y, low_y,
             samples[i, j] = kept
             if kept == 0:
                 continue
-            cx, cy = codes_x[i], codes_y[j]
+            cx, cy, at = codes_x[i], codes_y[j], places
             if again_x or again_y:
                 for k in range(d):
                     both[k] = keep_x[i, k] and keep_y[j, k]
             if again_x:
                 low, high = _ends(x[i], both)
                 _bin(x[i], both, low, high, bins, first)
-                cx = first
+                cx, at = first, again
+                for k in range(d):
+                    again[k] = first[k] * np.uint32(bins) + np.uint32(k & 1) * apart
             if again_y:
                 low, high = _ends(y[j], both)
                 _bin(y[j], both, low, high, bins, second)
                 cy = second
             joint[:] = 0
             for k in range(d):
-                joint[cx[k] * np.int64(bins) + cy[k]] += 1
+                joint[at[k] + np.uint32(cy[k])] += 1
+            for c in range(apart):
+                joint[c] += joint[cells + c]
             for o in range(starts_x[i], starts_x[i + 1]):
                 k = out_x[o]
                 joint[cx[k] * np.int64(bins) + cy[k]] -= 1
@@ -229,20 +258,18 @@ def _ends(values, keep):  # type: ignore[no-untyped-def]
 def covariances(a: Binned, b: Binned) -> np.ndarray:
     """Covariance (ddof 1) of every vector with every other, over what both keep.
 
-    Four matrix products of values about their means, masked.
+    A matrix product of values about their means, and what the other's outliers take away from
+    their sums: products over those samples only, which are few.
     """
-    x, y = _masked(a), _masked(b)
-    p, q = a.keep.astype(np.float64), b.keep.astype(np.float64)
-    n = p @ q.T
+    (at_a, out_a), (at_b, out_b) = a.left_out, b.left_out
+    x, y = a.centred, b.centred
+    sums_x = x.sum(1)[:, None] - x[:, at_b] @ out_b.T
+    sums_y = y.sum(1) - out_a @ y[:, at_a].T
+    _, in_a, in_b = np.intersect1d(at_a, at_b, assume_unique=True, return_indices=True)
+    n = a.keep.sum(1)[:, None] - out_b.sum(1) + out_a[:, in_a] @ out_b[:, in_b].T
     with np.errstate(invalid="ignore", divide="ignore"):
-        sums = x @ y.T - (x @ q.T) * (p @ y.T) / n
+        sums = x @ y.T - sums_x * sums_y / n
         return np.where(n > 1, sums / (n - 1), np.nan)
-
-
-def _masked(a: Binned) -> np.ndarray:
-    kept = np.maximum(a.keep.sum(1, keepdims=True), 1)
-    mean = np.where(a.keep, a.values, 0).sum(1, keepdims=True) / kept
-    return np.where(a.keep, a.values - mean, 0)
 
 
 def copula_ranks(x_vs: np.ndarray) -> np.ndarray:
