@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +10,7 @@ from .output import print_json, print_table, progress, say, size
 
 __all__ = ["add_store_commands"]
 
-StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="A sealed store.")]
+StorePath = Annotated[str, typer.Argument(metavar="STORE", help="A sealed store, a path or URL.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -40,6 +39,10 @@ def info(store: StorePath, as_json: Json = False) -> None:
         + (f", from {model['name']} ({model['class']})" if model else "")
     )
     say(f"labels: {', '.join(facts['labels']) or 'none'}")
+    if facts["predictions"]:
+        say(f"predictions: the {facts['predictions']} likeliest next tokens of every token")
+    if facts["outcomes"]:
+        say(f"outcomes: {', '.join(facts['outcomes'])}")
     say(f"id {facts['id']}, format {facts['format']}")
 
 
