@@ -69,6 +69,13 @@ class UnknownNameError(UsageError):
     hint : str, optional
         What to do next.
 
+    Attributes
+    ----------
+    kind, name, allowed
+        As given; the last two as text.
+    nearest : str or None
+        The name that was probably meant.
+
     Examples
     --------
     >>> print(UnknownNameError("stage", "mlp_pots", ["mlp_pre", "mlp_post"]))
@@ -80,6 +87,8 @@ class UnknownNameError(UsageError):
         near = get_close_matches(str(name), names, n=1, cutoff=0.5)
         guess = f": did you mean {near[0]!r}?" if near else "."
         known = ", ".join(names) if names else "none"
+        self.kind, self.name, self.allowed = kind, str(name), names
+        self.nearest = near[0] if near else None
         super().__init__(
             f"unknown {kind} {name!r}{guess} Known: {known}." + (f" {hint}" if hint else "")
         )

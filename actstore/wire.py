@@ -226,7 +226,9 @@ def _plain(value: Any) -> Any:
             finite = np.isfinite(value)
             value = value.astype(object)
             value[~finite] = None
-        return _plain(value.tolist())
+            return value.tolist()
+        # Numbers are plain already, and there may be many.
+        return value.tolist() if value.dtype.kind in "biuf" else _plain(value.tolist())
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -21,6 +21,8 @@ from .dump import add_dump_commands
 from .output import say
 from .plot import add_plot_commands
 from .query import add_query_commands
+from .report import add_report_command
+from .serve import add_serve_command
 from .store import add_store_commands
 
 __all__ = ["app", "main"]
@@ -34,11 +36,28 @@ app = typer.Typer(
     help="Run a model once, keep its activations in a labelled Zarr store, query them ever after.",
     epilog="Example: actstore demo",
 )
+
+
+@app.callback()
+def _everywhere(
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Where s3:// is, if not at Amazon; as AWS_ENDPOINT_URL in the environment."
+        ),
+    ] = None,
+) -> None:
+    if endpoint is not None:
+        os.environ["AWS_ENDPOINT_URL"] = endpoint
+
+
 add_demo_command(app)
 add_dump_commands(app)
 add_store_commands(app)
 add_query_commands(app)
 add_plot_commands(app)
+add_report_command(app)
+add_serve_command(app)
 add_bench_commands(app)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .bench_query import query
+from .bench_serve import serve
 from .bench_similarity import rsa
 from .output import print_json, print_table, say
 
@@ -34,6 +35,7 @@ def add_bench_commands(app: typer.Typer) -> None:
     group.command(epilog="Example: actstore bench capture --pairs 10")(capture)
     group.command(epilog="Example: actstore bench query --gigabytes 2")(query)
     group.command(epilog="Example: actstore bench rsa --tokens 50000,100000")(rsa)
+    group.command(epilog="Example: actstore bench serve --gigabytes 1")(serve)
     app.add_typer(group, name="bench", epilog="Example: actstore bench capture")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .bench_similarity import ratio_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,8 +45,8 @@ def information_rows(repeats: int) -> list[dict[str, Any]]:
     against = f"double loop over {len(some):,} of them, per pair"
     deep = f"MI + covariance, {LAYERS} layers x 2 x {TOKENS} x {WIDTH:,}, from disk"
     return [
-        _row(what, ours[1:], against, loop[1:]),
-        _row(deep, every[1:], "a minute", [60.0] * repeats),
+        ratio_row(what, ours[1:], against, loop[1:]),
+        ratio_row(deep, every[1:], "a minute", [60.0] * repeats),
     ]
 
 
@@ -101,13 +102,3 @@ def _seconds(run: Any) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
-
-
-def _row(what: str, seconds: list[float], against: str, reference: list[float]) -> dict[str, Any]:
-    return {
-        "what": what,
-        "seconds": statistics.median(seconds),
-        "against": against,
-        "its_seconds": statistics.median(reference),
-        "ratio": statistics.median(r / s for s, r in zip(seconds, reference, strict=True)),
-    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from .bench_information import information_rows
-from .bench_similarity import peak_memory, profile
+from .bench_similarity import peak_memory, profile, ratio_row
 from .output import print_json, print_table, say, size
 
 __all__ = ["query"]
@@ -42,7 +41,7 @@ def query(
         rows = [*_scan(path, repeats), *_sketch(path, repeats), *_neurons(path, repeats)]
         took, plain = profile(Path(scratch), repeats)
         what = "dimensionality + rsa, 12 layers x 4 stages, 500 tokens"
-        rows.append(_row(what, took["ours"], plain, took["plain"]))
+        rows.append(ratio_row(what, took["ours"], plain, took["plain"]))
         rows += information_rows(repeats)
     peak = peak_memory()
     if as_json:
@@ -84,17 +83,6 @@ def _timed(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[f
     return {name: s[1:] for name, s in seconds.items()}
 
 
-def _row(what: str, seconds: list[float], against: str, reference: list[float]) -> dict[str, Any]:
-    ratios = [r / s for s, r in zip(seconds, reference, strict=True)]
-    return {
-        "what": what,
-        "seconds": statistics.median(seconds),
-        "against": against,
-        "its_seconds": statistics.median(reference),
-        "ratio": statistics.median(ratios),
-    }
-
-
 def _scan(path: Path, repeats: int) -> list[dict[str, Any]]:
     import numpy as np
 
@@ -126,8 +114,8 @@ def _scan(path: Path, repeats: int) -> list[dict[str, Any]]:
 
     took = _timed({"scan": scan, "read": read, "files": read_files}, repeats)
     return [
-        _row("moments + 300 bins, one pass", took["scan"], "reading shards", took["read"]),
-        _row("moments + 300 bins, one pass", took["scan"], "reading files", took["files"]),
+        ratio_row("moments + 300 bins, one pass", took["scan"], "reading shards", took["read"]),
+        ratio_row("moments + 300 bins, one pass", took["scan"], "reading files", took["files"]),
     ]
 
 
@@ -144,7 +132,7 @@ def _sketch(path: Path, repeats: int) -> list[dict[str, Any]]:
 
     asked = {"moments per neuron, position > 0": moments, "top 20 tokens of a layer": top}
     took = _timed(asked, repeats)
-    return [_row(f"sketch: {n}", s, "0.05 s", [0.05] * len(s)) for n, s in took.items()]
+    return [ratio_row(f"sketch: {n}", s, "0.05 s", [0.05] * len(s)) for n, s in took.items()]
 
 
 def _neurons(path: Path, repeats: int) -> list[dict[str, Any]]:
@@ -168,4 +156,6 @@ def _neurons(path: Path, repeats: int) -> list[dict[str, Any]]:
         da.compute(xhistogram(acts, bins=[edges], axis=[0])[0])
 
     took = _timed({"ours": ours, "theirs": theirs}, repeats)
-    return [_row("50 bins of every neuron", took["ours"], "xhistogram on dask", took["theirs"])]
+    return [
+        ratio_row("50 bins of every neuron", took["ours"], "xhistogram on dask", took["theirs"])
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import statistics
 import tempfile
 import time
 from itertools import combinations
@@ -16,7 +17,7 @@ from .output import print_json, print_table, say, size
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["make_stages", "peak_memory", "profile", "rsa"]
+__all__ = ["make_stages", "peak_memory", "profile", "ratio_row", "rsa"]
 
 STAGES = {"mlp_in": 768, "mlp_pre": 3072, "mlp_post": 3072, "mlp_out": 768}
 
@@ -131,6 +132,20 @@ def rsa(
     print_table(list(rows[0]), [list(r.values()) for r in rows])
     matrix = size(8 * max(counts) ** 2)
     say(f"peak memory {size(rows[-1]['peak_bytes'])}; an N x N matrix: {matrix}")
+
+
+def ratio_row(
+    what: str, seconds: list[float], against: str, reference: list[float]
+) -> dict[str, Any]:
+    """A row of a table: seconds of two things timed in turn, and the median ratio."""
+    ratios = [r / s for s, r in zip(seconds, reference, strict=True)]
+    return {
+        "what": what,
+        "seconds": statistics.median(seconds),
+        "against": against,
+        "its_seconds": statistics.median(reference),
+        "ratio": statistics.median(ratios),
+    }
 
 
 def peak_memory() -> int:

@@ -20,18 +20,19 @@ def add_demo_command(app: typer.Typer) -> None:
 
 def demo(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where the store and the picture go.")
+        Path, typer.Argument(metavar="DIR", help="Where the store, the picture and the report go.")
     ] = Path("actstore-demo"),
     tokens: Annotated[int, typer.Option(help="Tokens to keep.")] = 8192,
 ) -> None:
-    """Dump the shipped model over the shipped text, ask it questions, draw a picture."""
+    """Dump the shipped model over the shipped text, ask it questions, draw, write a report."""
     import actstore
     from actstore.demo.corpus import demo_records
     from actstore.fill import Progress
+    from actstore.report import report as write_report
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "demo.zarr"
-    model, tokenizer = actstore.load_model("demo")
+    model, tokenizer = actstore.load_model("demo", head=True)
     say(f"1. dump: the demo model reads {tokens:,} tokens of Python's own documentation")
     with progress("dump", tokens, "tokens") as bar:
 
@@ -45,6 +46,8 @@ def demo(
             path,
             stages=STAGES,
             max_tokens=tokens,
+            predictions=5,
+            outcomes=True,
             name="demo",
             progress=report,
         )
@@ -98,8 +101,12 @@ def demo(
     say(f"  ...{store.decode(token, before=12)!r}")
     picture = folder / "demo.png"
     _draw(moments, densities, dimensions, similar, picture)
-    say(f"\n3. look: {picture}")
-    say(f"\nNext: actstore info {path}\n      actstore query histogram {path} --bins=-4:4:81")
+    page = write_report(
+        store, folder / "report.html", tokens="position > 0", title="The demo model"
+    )
+    say(f"\n3. look: {picture}, and every figure in {page}")
+    say(f"\nNext: actstore serve {path} --open\n      actstore info {path}")
+    say(f"      actstore query histogram {path} --bins=-4:4:81")
 
 
 def _short(name: str) -> str:

@@ -6,12 +6,15 @@ Each parameter of a query becomes an option of the same name, type, default and 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
 from actstore.queries.parse import kind_of
+
+from .output import progress
 
 __all__ = ["option", "query_command"]
 
@@ -46,7 +49,9 @@ def query_command(
         def ask() -> Any:
             import actstore
 
-            return actstore.compute(query.function(store, **asked), scheduler=scheduler)
+            lazy = query.function(store, **asked)
+            with _shown():
+                return actstore.compute(lazy, scheduler=scheduler)
 
         run(query, ask, **mine)
 
@@ -69,6 +74,26 @@ def query_command(
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__name__ = query.name
     return command
+
+
+@contextmanager
+def _shown() -> Iterator[None]:
+    """How many of a question's tasks are done, on a terminal; a cluster has its own dashboard."""
+    from dask.callbacks import Callback
+
+    done = total = 0
+
+    def start(graph: Any, _: Any) -> None:
+        nonlocal total
+        total = len(graph)
+
+    def step(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        bar(done, "", total)
+
+    with progress("query", 1, "tasks") as bar, Callback(start_state=start, posttask=step):
+        yield
 
 
 def option(name: str, kind: Any, default: Any, text: str, flag: str = "") -> inspect.Parameter:
@@ -100,4 +125,3 @@ def _option_type(annotation: Any) -> Any:
 def _as_text(default: Any) -> str:
     """A default as it would be typed."""
     return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from actstore.errors import UsageError
 
@@ -44,27 +43,12 @@ _EXAMPLES = {
 }
 
 
-class _Plots(TyperGroup):
-    """Says of a query without a picture that it has none."""
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        from actstore.queries.registry import QUERIES
-
-        command = super().get_command(ctx, cmd_name)
-        if command is None and cmd_name in QUERIES:
-            raise UsageError(
-                f"there is no picture of {cmd_name}; there are pictures of "
-                f"{', '.join(self.commands)}. Ask for numbers: actstore query {cmd_name}"
-            )
-        return command
-
-
 def add_plot_commands(app: typer.Typer) -> None:
     from actstore.plot import PLOTS
     from actstore.queries.registry import QUERIES
 
     group = typer.Typer(
-        no_args_is_help=True, cls=_Plots, help="Draw the answer to a question into a picture file."
+        no_args_is_help=True, help="Draw the answer to a question into a picture file."
     )
     own = [
         option("out", Path, inspect.Parameter.empty, "File to write: .png, .svg or .pdf."),

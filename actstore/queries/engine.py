@@ -146,8 +146,7 @@ def stream(
         variables = {}
         for name, output in declared.items():
             dims = ("layer", *([group.name] if group else []), *output.dims)
-            data = arrays[name] if group else arrays[name][:, 0]
-            variables[name] = (dims, data, output.attrs)
+            variables[name] = (dims, arrays[name], output.attrs)
         coords: dict[str, Any] = {"layer": layers}
         if group:
             coords[group.name] = group.values
@@ -210,22 +209,26 @@ def _layer_arrays(
                 folds.append(task(*key, call=run_lane, of=[own, statistics]))
             done = task(f"finish-{label}", number, row, call=_finish, of=[statistics, *folds])
         task(f"all-{label}", row, call=stack_groups, of=[blank, done])
-    return label_arrays(graph, label, len(layers), groups, outputs)
+    return label_arrays(graph, label, len(layers), groups if selection.groups else None, outputs)
 
 
 def label_arrays(
-    graph: dict[Any, Any], label: str, rows: int, groups: int, outputs: Mapping[str, Output]
+    graph: dict[Any, Any], label: str, rows: int, groups: int | None, outputs: Mapping[str, Output]
 ) -> dict[str, da.Array]:
-    """Arrays (row, group, ...) out of a graph whose tasks ``all-label`` give them row by row."""
+    """Arrays (row, group, ...) out of a graph whose tasks ``all-label`` give them row by row.
+
+    Without groups (None) the tasks give one, and the arrays have no such dimension.
+    """
     arrays = {}
+    lead, take = ((), _take_only) if groups is None else ((groups,), _take)
     for name, output in outputs.items():
         own = f"{name}-{label}"
         takes: dict[Any, Any] = {}
         for row in range(rows):
-            key = (own, row, *(0,) * (1 + len(output.dims)))
-            takes[key] = Task(key, _take, TaskRef((f"all-{label}", row)), name)
+            key = (own, row, *(0,) * (len(lead) + len(output.dims)))
+            takes[key] = Task(key, take, TaskRef((f"all-{label}", row)), name)
         layered = HighLevelGraph({label: graph, own: takes}, {label: set(), own: {label}})
-        chunks = ((1,) * rows, (groups,), *((n,) for n in output.shape))
+        chunks = ((1,) * rows, *((n,) for n in (*lead, *output.shape)))
         meta = np.empty((0,) * len(chunks), output.dtype)
         arrays[name] = da.Array(layered, own, chunks, meta=meta)
     return arrays
@@ -276,12 +279,16 @@ def _take(results: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     return results[name][np.newaxis]
 
 
+def _take_only(results: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    return results[name][:1]
+
+
 def nothing(output: Output) -> np.ndarray:
     """What a group without tokens gives."""
     blank = output.blank
     if blank is None:
         blank = np.nan if np.dtype(output.dtype).kind == "f" else 0
-    return np.full(output.shape, blank, output.dtype)
+    return np.broadcast_to(np.array(blank, output.dtype), output.shape)  # takes no memory
 
 
 def share_reads(graph: Mapping[Any, Any]) -> dict[Any, Any]:
