@@ -350,9 +350,17 @@ class Store:
             return None
         return strata_codes(position, special, label if isinstance(label, Categorical) else None)
 
-    def _values(self, key: str) -> np.ndarray:
+    @cached_property
+    def _arrays(self) -> dict[str, Any]:
+        """Arrays of columns that have been opened."""
+        return {}
+
+    def _values(self, key: str, where: Any = Ellipsis) -> np.ndarray:
+        """A column, or some of it."""
         try:
-            return np.asarray(zarr.open_array(zarr_at(self.path), path=key, mode="r")[:])
+            if key not in self._arrays:
+                self._arrays[key] = zarr.open_array(zarr_at(self.path), path=key, mode="r")
+            return np.asarray(self._arrays[key][where])
         except FileNotFoundError:
             self._storage.get("zarr.json")  # where the whole place is gone, this says so
             raise CorruptStoreError(
@@ -469,18 +477,21 @@ class Store:
         """
         if not -self.n_tokens <= token < self.n_tokens:
             raise UsageError(f"token {token} is not within the store's {self.n_tokens:,}")
-        at = int(self.tokens["input"][token])
-        sequence = int(self.tokens["sequence"][token])
-        start = int(self.sequences["start"][sequence])
-        stop = start + int(self.sequences["length"][sequence])
+        stage, token = self.stages[0], token % self.n_tokens
+        at = int(self._values(f"{stage}/input", token))
+        sequence = int(self._values(f"{stage}/sequence", token))
+        start = int(self._values("sequences/start", sequence))
+        stop = start + int(self._values("sequences/length", sequence))
         window = slice(max(start, at - before), min(stop, at + after + 1))
-        inputs = self.inputs.isel(input=window)
-        text = str(self.sequences["text"][sequence].values) if "text" in self.sequences else ""
-        if text and "char_start" in inputs:
-            spans = np.stack([inputs["char_start"].values, inputs["char_end"].values])
+        has = {"sequences/text", "inputs/char_start"} <= self._nodes.keys()
+        text = str(self._values("sequences/text", sequence)) if has else ""
+        if text:
+            spans = np.stack(
+                [self._values(f"inputs/char_{end}", window) for end in ("start", "end")]
+            )
             spans = spans[:, spans[0] < spans[1]]  # special tokens have no text
             return text[spans[0].min() : spans[1].max()] if spans.size else ""
-        ids = inputs["token_id"].values
+        ids = self._values("inputs/token_id", window)
         if self.vocabulary is None:
             return " ".join(map(str, ids))
         return "".join(self.vocabulary[ids])
