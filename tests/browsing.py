@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +30,24 @@ HOSTILE = "</script><img src=x onerror=\"document.body.dataset.hacked='yes'\">"
 """Text that would run where it is taken for markup."""
 
 
-@cache
-def chromium() -> Browser:
-    """A headless browser for all tests: the system's, else Playwright's own."""
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A headless browser: the system's, else Playwright's own.
+
+    To be left again: its event loop is in the way of those of other tests.
+    """
     names = ("chromium", "chromium-browser", "google-chrome")
     found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    playwright = sync_playwright().start()
-    try:
-        browser = playwright.chromium.launch(executable_path=found, args=list(ARGUMENTS))
-    except Error as error:
-        playwright.stop()
-        pytest.fail(
-            "these tests need Chromium: `apt-get install chromium`, or `playwright install "
-            f"chromium`, or set CHROMIUM to its path ({error.message.splitlines()[0]})"
-        )
-    atexit.register(playwright.stop)
-    atexit.register(browser.close)
-    return browser
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=found, args=list(ARGUMENTS))
+        except Error as error:
+            pytest.fail(
+                "these tests need Chromium: `apt-get install chromium`, or `playwright install "
+                f"chromium`, or set CHROMIUM to its path ({error.message.splitlines()[0]})"
+            )
+        with browser:
+            yield browser
 
 
 class Watch:

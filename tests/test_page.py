@@ -26,6 +26,8 @@ from actstore.plot.style import STAGE_STYLE, Depth, stage_colour
 from actstore.storage import LocalStorage
 from actstore.wire import to_csv, to_json
 
+pytestmark = pytest.mark.slow
+
 STAGES = ["hidden", "mlp_in", "mlp_post", "mlp_out"]
 TABS = {
     "overview": 5,
@@ -42,7 +44,7 @@ TABS = {
 SETTLED = ("done", "error", "empty", "waiting", "cancelled")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo store, one of windows with labels, one that is markup, and one that is huge."""
     root = tmp_path_factory.mktemp("page")
@@ -72,12 +74,12 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def demo(stores: Path) -> actstore.Store:
     return actstore.open(stores / "demo.zarr")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site(stores: Path) -> Iterator[str]:
     """The address of the server, which runs as anyone would run it."""
     command = [sys.executable, "-m", "actstore_cli", "serve", str(stores), "--port", "0"]
@@ -97,9 +99,10 @@ def site(stores: Path) -> Iterator[str]:
         process.wait(20)
 
 
-@pytest.fixture
-def browser() -> Browser:
-    return chromium()
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as made:
+        yield made
 
 
 @pytest.fixture

@@ -225,7 +225,14 @@ def test_the_whole_cycle(bucket: str, local: Path) -> None:
     assert objects(url) == tree_bytes(local)
 
 
-@pytest.mark.parametrize("kind", ["500", "dropped", "slow"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("500", marks=pytest.mark.slow),
+        "dropped",
+        pytest.param("slow", marks=pytest.mark.slow),
+    ],
+)
 def test_requests_that_fail(kind: str, bucket: str, local: Path, faults: type[Faults]) -> None:
     url = f"{bucket}/run.zarr"
     faults.kind = kind
@@ -255,6 +262,7 @@ with actstore.writer.Writer(sys.argv[1], plan, vocabulary=VOCABULARY) as writer:
 """
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(bucket: str, local: Path) -> None:
     url = f"{bucket}/run.zarr"
     rng = np.random.default_rng(0)
@@ -276,6 +284,7 @@ def test_killed_and_run_again(bucket: str, local: Path) -> None:
     assert objects(url) == tree_bytes(local)
 
 
+@pytest.mark.slow
 def test_damage_is_found_and_repaired(bucket: str, local: Path) -> None:
     url = f"{bucket}/run.zarr"
     write(url)
@@ -304,6 +313,7 @@ def test_a_bucket_that_is_not_there(bucket: str) -> None:
         write(nowhere)
 
 
+@pytest.mark.slow
 def test_a_bucket_that_vanishes(faults: type[Faults]) -> None:
     s3().create_bucket(Bucket="short")
     url = "s3://short/run.zarr"
@@ -366,6 +376,7 @@ def test_two_ranks_at_once(bucket: str, local: Path) -> None:
     assert objects(url) == tree_bytes(local)
 
 
+@pytest.mark.slow
 def test_on_the_command_line(
     bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
