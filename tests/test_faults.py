@@ -261,9 +261,9 @@ def die_at_operations(
 def test_killed_between_single_operations(
     warm: Warm, text: Path, reference: Reference, tmp_path: Path
 ) -> None:
-    moments = operations_to_die_at(reference, plan=1, fill=1, seal=4)
+    moments = operations_to_die_at(reference, plan=1, fill=1, seal=2)
     hit = die_at_operations(warm, text, reference, tmp_path, moments)
-    assert hit["seal"] + hit["sealed"] >= 3, hit
+    assert hit["seal"] + hit["sealed"] >= 1, hit
 
 
 @pytest.mark.slow

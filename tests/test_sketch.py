@@ -146,7 +146,7 @@ def test_any_order_of_writing_gives_the_same_sketches(tmp_path_factory, seed, pi
     shutil.rmtree(folder)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=6),
