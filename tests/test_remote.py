@@ -399,6 +399,10 @@ def test_on_the_command_line(
         assert "hidden state" in run("info", url)
         assert json.loads(run("query", "moments", url, "--layers", "0", "--json"))
         assert not json.loads(run("verify", url, "--json"))["problems"]
+        (served,) = json.loads(run("serve", url, "--get", "/api/stores"))["stores"]
+        assert served["name"] == "run"
+        asked = "/api/stores/run/moments?layers=0&per=layer"
+        assert json.loads(run("serve", url, "--get", asked))["attrs"]["source"] == "sketch"
     finally:
         monkeypatch.undo()
         object_store.cache_clear()
