@@ -37,9 +37,9 @@ def last_name(place: str | os.PathLike[str]) -> str:
 
 
 def storage_at(place: str | os.PathLike[str], tag: str = "0") -> Storage:
-    """Objects under a path or URL; `tag` as for `LocalStorage`."""
+    """Objects under a path or URL; `tag` as for `LocalStorage`, which alone has a use for it."""
     if is_url(place):
-        return _remote().RemoteStorage(os.fspath(place), tag)
+        return _remote().RemoteStorage(os.fspath(place))
     return LocalStorage(os.fspath(place).removeprefix(_FILE), tag)
 
 

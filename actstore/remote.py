@@ -76,10 +76,16 @@ def _reading(method: Method) -> Method:
             return method(self, *args, **options)
         except FileNotFoundError as error:
             if _gone(error):
-                raise StoreError(f"{self.root}: there is no such bucket") from None
+                raise StoreError(
+                    f"{self.root}: there is no such bucket; look at the URL, and at --endpoint or "
+                    "AWS_ENDPOINT_URL where it is not Amazon's"
+                ) from None
             raise
         except BaseError as error:
-            raise StoreError(f"reading from {self.root} failed: {_first_line(error)}") from None
+            raise StoreError(
+                f"reading from {self.root} failed: {_first_line(error)}. Look at the network, the "
+                "endpoint and the credentials in the environment, then ask again"
+            ) from None
 
     return call  # type: ignore[return-value]
 
@@ -91,8 +97,6 @@ class RemoteStorage:
     ----------
     root : str
         A URL, as ``s3://bucket/run.zarr``.
-    tag : str
-        Not needed here; see `LocalStorage`.
 
     Attributes
     ----------
@@ -100,9 +104,8 @@ class RemoteStorage:
         Objects written so far.
     """
 
-    def __init__(self, root: str, tag: str = "0") -> None:
+    def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
-        self.tag = tag
         self.puts = 0
         self.at_once = 16
         self._store = object_store(self.root)

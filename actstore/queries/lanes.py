@@ -67,16 +67,17 @@ class Lane:
     def _pieces(self, array: ShardedArray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Bounds are those of rows of inner chunks; of each shard, those with tokens that count."""
         layout = array.layout
-        wanted: dict[int, dict[int, tuple[int, np.ndarray]]] = {}
+        wanted: dict[int, dict[int, tuple[int, list[tuple[int, np.ndarray]]]]] = {}
         for a, b in pairwise(self.bounds.tolist()):
             tokens = self._chosen(a, b)
             if len(tokens):
                 block, inside = divmod(a, layout.rows)
-                wanted.setdefault(block, {})[inside // layout.chunk_rows] = a, tokens
+                parts = list(self._parts(tokens))
+                wanted.setdefault(block, {})[inside // layout.chunk_rows] = a, parts
         for block, chosen in wanted.items():
             for i, values in array.pieces(self.layer_index, block, chosen, PIECE_NBYTES):
-                a, tokens = chosen[i]
-                for group, part in self._parts(tokens):
+                a, parts = chosen[i]
+                for group, part in parts:
                     yield group, _rows(values, part - a).reshape(-1, values.shape[2]), part
 
     def _chosen(self, a: int, b: int) -> np.ndarray:

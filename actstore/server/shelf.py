@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..errors import NotAStoreError, StoreError
+from ..places import absolute, is_url, last_name
 from ..store import Store, open_store
 from .browse import Browser
 from .failures import ServiceError
@@ -77,7 +78,7 @@ class Shelf:
         found: dict[str, str] = {}
         for path in self._paths:
             inside = _stores_in(path)
-            for place in map(_whole, [path] if inside is None else inside):
+            for place in map(absolute, [path] if inside is None else inside):
                 if place in found.values():
                     continue
                 name = _free_name(place, found)
@@ -139,13 +140,9 @@ class Shelf:
             return known
 
 
-def _whole(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)
-
-
 def _stores_in(path: str) -> list[str] | None:
     """Stores in a folder; None where the path is itself a store, or is not there."""
-    if "://" in path or not os.path.isdir(path) or _is_store(path):
+    if is_url(path) or not os.path.isdir(path) or _is_store(path):
         return None
     return list(_below(path, _DEPTH))
 
@@ -167,7 +164,7 @@ def _is_store(path: str) -> bool:
 
 
 def _free_name(place: str, taken: Iterable[str]) -> str:
-    stem = place.rstrip("/").rpartition("/")[2].removesuffix(".zarr")
+    stem = last_name(place).removesuffix(".zarr")
     names = [stem, *(f"{stem}-{i}" for i in range(2, len(list(taken)) + 3))]
     return next(name for name in names if name not in taken)
 
