@@ -6,13 +6,21 @@ import numpy as np
 import pytest
 import xarray as xr
 from helpers import bare_corpus, plan_of, write_store
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_similarity import KINDS, data
 
 import actstore
 from actstore.errors import UnknownNameError, UsageError
 from actstore.plan import StageSpec
 from actstore.queries import joint
-from actstore.stats.dimensionality import nearest, twonn
+from actstore.stats.dimensionality import (
+    components_needed,
+    effective_dimension,
+    nearest,
+    twonn,
+    variances,
+)
 
 STAGES = (StageSpec("mlp_in", (0, 1), 30), StageSpec("mlp_pre", (0, 1, 2), 64))
 
@@ -113,6 +121,27 @@ def test_groups(store, route):
             assert got == pytest.approx(want, rel=1e-5)
         else:
             assert np.isnan(got)
+
+
+@settings(max_examples=200)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    decay=st.floats(0, 12),
+    outlier=st.sampled_from([1.0, 1e3, 1e8]),
+    near=st.sampled_from([None, 0.0, 1e-12, -1e-9, 1e-9, -1e-6, 1e-6]),
+    notebook=st.booleans(),
+)
+def test_components_are_counted_as_in_float64(seed, decay, outlier, near, notebook):
+    rng = np.random.default_rng(seed)
+    scales = np.exp(-decay * np.linspace(0, 1, 40))
+    scales[0] *= outlier
+    x = rng.normal(size=(60, 40)) * scales
+    scatter = x.T @ x
+    values = variances(scatter, 60, 40)
+    fraction = np.cumsum(values) / values.sum()
+    threshold = 0.9 if near is None else min(max(fraction[rng.integers(40)] + near, 1e-3), 1.0)
+    expected = effective_dimension(values, threshold, notebook)
+    np.testing.assert_equal(components_needed(scatter, 60, 40, threshold, notebook), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])

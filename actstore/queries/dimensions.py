@@ -70,10 +70,10 @@ class _Dimensions(_Spectral):
     notebook: bool
 
     def answer(self, scatter: np.ndarray, n: int, width: int) -> dict[str, np.ndarray]:
-        values = stats.variances(scatter, n, min(n, width))
+        needed = (n, min(n, width), self.threshold, self.notebook)
         found = {
             "participation_ratio": stats.participation_ratio(scatter) if n > 1 else np.nan,
-            "effective_dimension": stats.effective_dimension(values, self.threshold, self.notebook),
+            "effective_dimension": stats.components_needed(scatter, *needed),
         }
         if self.null:
             found["null_participation_ratio"] = stats.null_participation_ratio(n, width)

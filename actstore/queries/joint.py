@@ -94,9 +94,12 @@ class View:
                 values = self.array[self.layer_index, slice(first, last + 1), hull]
                 if not isinstance(values, np.ndarray):
                     values = values.compute(scheduler="synchronous")
-                values = values[tokens[at] - first]
+                if len(values) > len(at):
+                    values = values[tokens[at] - first]
                 if not whole:
                     values = values[:, self.neurons - hull.start]
+                if len(at) == len(tokens):
+                    return values
                 if out is None:
                     out = np.empty((len(tokens), self.width), values.dtype)
                 out[at[0] : at[-1] + 1] = values

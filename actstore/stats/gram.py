@@ -59,20 +59,13 @@ class Gram:
     def of(cls, x_td: np.ndarray) -> Gram:
         """Of rows (token, neuron)."""
         kind = np.float64 if x_td.dtype == np.float64 else np.float32
-        x = np.asarray(x_td, kind)
+        x = np.ascontiguousarray(x_td, kind)
         shift = x.mean(0, dtype=np.float64).astype(kind)
-        about = x - shift
         wide = shift.astype(np.float64)
-        parts = np.array_split(about, max(len(x) // 256, 1))
-        return cls(
-            (about @ about.T).astype(np.float64),
-            np.concatenate([part @ wide for part in parts]),
-            float(wide @ wide),
-            x.mean(1, dtype=np.float64),
-            np.any(x, axis=1),
-            x.max(1) > x.min(1),
-            x.shape[1],
-        )
+        about, *of_rows = _about(x, shift)
+        products = (about @ about.T).astype(np.float64)
+        along, means, there, varies = of_rows
+        return cls(products, along, float(wide @ wide), means, there, varies, x.shape[1])
 
     @cached_property
     def centred(self) -> np.ndarray:
@@ -115,6 +108,28 @@ class Gram:
         inner *= unit[:, None]
         inner *= unit
         return inner, valid
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _about(x, shift):  # type: ignore[no-untyped-def]
+    """Rows about a shift, and what `Gram` keeps of every row, in one reading."""
+    n, width = x.shape
+    about = np.empty_like(x)
+    along, means = np.empty(n), np.empty(n)
+    there, varies = np.empty(n, np.bool_), np.empty(n, np.bool_)
+    for i in range(n):
+        total, inner, nonzero, different = 0.0, 0.0, False, False
+        first = x[i, 0]
+        for j in range(width):
+            value = x[i, j]
+            rest = value - shift[j]
+            about[i, j] = rest
+            total += np.float64(value)
+            inner += np.float64(rest) * np.float64(shift[j])
+            nonzero |= value != 0
+            different |= value != first
+        along[i], means[i], there[i], varies[i] = inner, total / width, nonzero, different
+    return about, along, means, there, varies
 
 
 def standardised(matrix: np.ndarray) -> np.ndarray:
