@@ -47,13 +47,9 @@ from .information import (
     information_map,
     information_matrix,
     information_scatter,
-    label_bars,
-    label_profile,
-    label_ranks,
-    labels,
-    layer_covariance_matrix,
-    layer_covariances,
 )
+from .labels import label_bars, label_profile, label_ranks, labels
+from .layers import layer_covariance_matrix, layer_covariances
 from .samples import (
     condition_scatter,
     conditions,

@@ -1,8 +1,8 @@
-"""Pairs of tokens or neurons, pairs of layers, and what neurons tell about a label."""
+"""Pairs of tokens or neurons: their mutual information and covariance."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,7 @@ import xarray as xr
 
 from ..errors import UsageError
 from ..queries.flat import pairs
-from ..schema import layer_name
-from .dimensions import columns_of, over_layers, panels_over_layers
-from .distributions import profile
+from .dimensions import over_layers, panels_over_layers
 from .samples import correlation
 from .style import (
     BLANK,
@@ -23,7 +21,6 @@ from .style import (
     POINTS,
     Depth,
     Result,
-    bar_rows,
     check_dims,
     colour_bar,
     cut,
@@ -39,6 +36,7 @@ from .style import (
     named,
     new_axes,
     overlaid,
+    panel_heading,
     panels,
     scale_bar,
     shades,
@@ -46,6 +44,7 @@ from .style import (
     spread,
     stage_colour,
     stages_of,
+    thin_ticks,
     tidy,
 )
 
@@ -60,12 +59,6 @@ __all__ = [
     "information_map",
     "information_matrix",
     "information_scatter",
-    "label_bars",
-    "label_profile",
-    "label_ranks",
-    "labels",
-    "layer_covariance_matrix",
-    "layer_covariances",
 ]
 
 _NAMES = ("mutual_information", "covariance")
@@ -73,11 +66,6 @@ _NAMES = ("mutual_information", "covariance")
 _MOST_ROWS = 5000
 _MOST_POINTS = 4000
 """Of a scatter; more would hide one another."""
-
-_MOST_BARS = 20
-
-_MOST_LETTERS = 30
-"""Of the names of layers under an axis."""
 
 _WIDE = 50
 """Means that differ by so much make an axis logarithmic."""
@@ -143,7 +131,7 @@ def information_matrix(
     ax.locator_params(nbins=5, integer=True, steps=[1, 2, 5, 10])
     if colours is None:
         scale_bar([image], [ax], _words(result[variable]))
-    return tidy(ax, _place(result), first, first)
+    return tidy(ax, panel_heading(result), first, first)
 
 
 def _tick(numbers: np.ndarray, at: float, _: int) -> str:
@@ -183,12 +171,6 @@ def _flat(result: xr.Dataset, variable: str) -> np.ndarray:
 def _look(values: Sequence[np.ndarray]) -> dict[str, Any]:
     every = np.concatenate([*values, np.empty(0)])
     return shades([np.quantile(every, _INNER) if len(every) else every])
-
-
-def _place(result: xr.Dataset) -> str:
-    """What a panel is about; the group in a line of its own."""
-    lines = heading(result, grouping(result)), heading(result, ["stage", "layer"])
-    return "\n".join(filter(None, lines))
 
 
 def _words(variable: xr.DataArray) -> str:
@@ -337,7 +319,7 @@ def information_density(
     else:
         ax.locator_params(axis="x", nbins=6)
     words = "probability density" + (" by decade" if wide else "")
-    return tidy(ax, _place(result), _words(result[f"edges_{variable}"]), words + high)
+    return tidy(ax, panel_heading(result), _words(result[f"edges_{variable}"]), words + high)
 
 
 def _same(result: xr.Dataset, variable: str) -> xr.DataArray:
@@ -431,8 +413,8 @@ def _means(result: xr.Dataset, variable: str, ax: Axes) -> Axes:
     """Means over layers, or bars at one; logarithmic where they grow by orders of magnitude."""
     over_layers(result, variable, ax)
     if result.sizes.get("layer", 1) == 1:
-        return tidy(ax, _place(result) or " ", _words(result[variable]))
-    _thin_ticks(ax)
+        return tidy(ax, panel_heading(result) or " ", _words(result[variable]))
+    thin_ticks(ax)
     values = result[variable].values
     low, high = np.nanmin(values, initial=np.inf), np.nanmax(values, initial=-np.inf)
     if _wide(values):
@@ -440,14 +422,7 @@ def _means(result: xr.Dataset, variable: str, ax: Axes) -> Axes:
         ax.set_ylim(0.7 * low, 1.4 * high)
     elif low >= 0:
         ax.set_ylim(0, 1.06 * high)
-    return tidy(ax, _place(result) or " ", "layer", _words(result[variable]))
-
-
-def _thin_ticks(ax: Axes) -> None:
-    """Every second layer's name where all would touch in a narrow panel."""
-    names = [t.get_text() for t in ax.get_xticklabels()]
-    if sum(map(len, names)) > _MOST_LETTERS:
-        ax.set_xticks(ax.get_xticks()[::2], names[::2])
+    return tidy(ax, panel_heading(result) or " ", "layer", _words(result[variable]))
 
 
 # -- information against covariance ----------------------------------------------------------------
@@ -552,7 +527,7 @@ def information_map(
             scale_bar([image], [ax], "pairs")
     ax.locator_params(nbins=5)
     words = (_words(result[f"edges_{n}"]) for n in ("covariance", "mutual_information"))
-    return tidy(ax, _place(result), *words)
+    return tidy(ax, panel_heading(result), *words)
 
 
 def _maps(result: xr.Dataset, figure: Figure | SubFigure | None) -> np.ndarray:
@@ -691,293 +666,4 @@ def _of_one_place(
             for dots in ax.collections:
                 dots.set_color(colour)
         information_scatter(result, axes[-1, n])
-    return axes
-
-
-# -- layers by layers ------------------------------------------------------------------------------
-
-
-_LAYER_WORDS = {
-    "covariance": "covariance (activation^2)",
-    "correlation": "correlation",
-    "r_squared": "shared variance (R², %)",
-}
-
-
-def layer_covariance_matrix(
-    result: xr.Dataset,
-    variable: str = "r_squared",
-    ax: Axes | None = None,
-    *,
-    colours: dict[str, Any] | None = None,
-) -> Axes:
-    """Draw covariance, correlation or R squared of every layer with every other.
-
-    Parameters
-    ----------
-    result : Dataset
-        From `actstore.layer_covariance`, of one stage.
-    variable : {"covariance", "correlation", "r_squared"}
-        What to draw; R squared as per cent of shared variance.
-    ax : Axes, optional
-        Where to draw; default a new figure.
-    colours : dict, optional
-        Limits and map (``vmin``, ``vmax``, ``cmap``), where several panels share a colour bar;
-        default the matrix's own, with a bar.
-
-    Returns
-    -------
-    Axes
-
-    Examples
-    --------
-    >>> import actstore, numpy as np, xarray as xr
-    >>> from matplotlib.figure import Figure
-    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
-    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="hidden")
-    >>> ax = layer_covariance_matrix(actstore.layer_covariance(data), ax=Figure().subplots())
-    >>> [t.get_text() for t in ax.get_xticklabels()]
-    ['emb', 'h.0', 'h.1']
-    """
-    result = holding(result, "layer_covariance", variable)
-    check_dims(result[variable], "layer", "layer_b")
-    ax = new_axes(ax)
-    stage = next(iter(stages_of(result)))
-    own = result[variable].transpose(..., "layer", "layer_b").values
-    own = own.reshape(own.shape[-2:]) * (100 if variable == "r_squared" else 1)
-    # Another stage of the result may have more layers.
-    there = result["covariance"].notnull() if "covariance" in result else result[variable].notnull()
-    rows, columns = (there.any([d for d in there.dims if d != k]) for k in ("layer", "layer_b"))
-    if not rows.any():
-        rows, columns = xr.ones_like(rows), xr.ones_like(columns)
-    own = own[np.ix_(rows, columns)]
-    far = float(np.nanmax(np.abs(own), initial=1e-300))
-    own_look = {"vmin": -far, "vmax": far, "cmap": "RdBu_r"}
-    look = colours or ({"vmin": 0, "vmax": 100} if variable == "r_squared" else own_look)
-    image = ax.imshow(own, **look, origin="lower")
-    ax.set_facecolor(BLANK)
-    if colours is None:
-        scale_bar([image], [ax], _LAYER_WORDS[variable])
-    second = str(result.attrs.get("stage_b", stage))
-    sides = (ax.yaxis, stage, rows[rows]["layer"]), (ax.xaxis, second, columns[columns]["layer_b"])
-    for axis, side, layers in sides:
-        every = -(-len(layers) // 9)
-        names = [layer_name(side, int(n)) for n in layers.values[::every]]
-        axis.set_ticks(range(0, len(layers), every), names)
-    title = ", ".join(filter(None, (heading(result, grouping(result)), _SHORT[variable])))
-    group = heading(result, ["stage", "layer"])
-    words = (f"layer of {second}", f"layer of {stage}") if second != stage else ("layer", "layer")
-    return tidy(ax, "\n".join(filter(None, (title, group))), *words)
-
-
-_SHORT = {"covariance": "covariance", "correlation": "correlation", "r_squared": "R²"}
-
-
-def layer_covariances(result: Result, figure: Figure | SubFigure | None = None) -> np.ndarray:
-    """Draw covariance and R squared of layers side by side, for each stage and group.
-
-    Parameters
-    ----------
-    result : Dataset
-        From `actstore.layer_covariance`.
-    figure : Figure or SubFigure, optional
-        Where to draw; default a new figure.
-
-    Returns
-    -------
-    ndarray of Axes
-    """
-    result = holding(result, "layer_covariance", "covariance")
-    cells = [own for part in stages_of(result).values() for own in _parts_of(part)]
-    rows, columns = (len(cells), 2) if len(cells) < 3 else (-(-len(cells) // 2), 4)
-    axes = panels(figure, rows, columns, (3.3, 2.7))
-    places = axes.reshape(-1, 2)
-    for both, cell in zip(places, cells, strict=False):
-        layer_covariance_matrix(cell, "covariance", both[0])
-        layer_covariance_matrix(cell, "r_squared", both[1])
-    for both in places[len(cells) :]:
-        for ax in both:
-            ax.set_axis_off()
-    return axes
-
-
-def _parts_of(part: xr.Dataset) -> Iterator[xr.Dataset]:
-    for label in grouping(part):
-        if label in part.dims:
-            yield from (part.sel({label: k}) for k in part[label].values)
-            return
-    yield part
-
-
-# -- labels ----------------------------------------------------------------------------------------
-
-
-def label_bars(result: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """Draw the neurons that tell most about a label, best on top.
-
-    With a null, lines are the mean of the shuffled labels and two standard deviations either side.
-
-    Parameters
-    ----------
-    result : Dataset
-        From `actstore.label_information`, of one stage and layer; at most 20 neurons are drawn.
-    ax : Axes, optional
-        Where to draw; default a new figure.
-
-    Returns
-    -------
-    Axes
-
-    Examples
-    --------
-    >>> import actstore, numpy as np, xarray as xr
-    >>> from matplotlib.figure import Figure
-    >>> acts = np.random.default_rng(0).normal(size=(40, 4)).astype("float32")
-    >>> acts[:20, 2] += 5
-    >>> data = xr.DataArray(acts, dims=("token", "neuron"), name="mlp_out")
-    >>> data = data.assign_coords(mark=("token", [","] * 20 + ["."] * 20))
-    >>> ax = label_bars(actstore.label_information(data, label="mark"), Figure().subplots())
-    >>> ax.get_yticklabels()[0].get_text()
-    'neuron 2'
-    """
-    result = holding(result, "label_information", "information")
-    check_dims(result["information"], "neuron", "rank")
-    ax = new_axes(ax)
-    names = ("information", "null_mean", "null_std")
-    own = {name: np.atleast_1d(result[name].values.ravel()) for name in names if name in result}
-    neurons = np.atleast_1d(result["neuron"].values.ravel())
-    order = np.argsort(-own["information"], kind="stable")
-    order = order[np.isfinite(own["information"][order])][:_MOST_BARS]
-    own = {name: values[order] for name, values in own.items()}
-    stage = next(iter(stages_of(result)))
-    colours = [stage_colour(stage) if stage else INK] * len(order)
-    rows = [f"neuron {n}" for n in neurons[order]]
-    bar_rows(ax, rows, own["information"][np.newaxis], colours, [""])
-    words = _told(result)
-    if "null_mean" in own:
-        reach: Any = {"fmt": "none", "ecolor": INK, "elinewidth": 1, "capsize": 2.5}
-        ax.errorbar(own["null_mean"], range(len(order)), xerr=2 * own["null_std"], **reach)
-        words += "\nlines: shuffled labels, ± 2 std"
-    for bar in ax.patches:
-        bar.set_alpha(0.6)
-    ax.set_xlim(left=0)
-    return tidy(ax, _place(result), words)
-
-
-def _told(result: xr.Dataset) -> str:
-    words = described(result["information"])
-    entropy = np.unique(result["label_entropy"].values.round(6))
-    return f"{words[:-1]} of {entropy[0]:.2f})" if len(entropy) == 1 else words
-
-
-def label_ranks(result: xr.Dataset, ax: Axes | None = None, *, depth: Depth | None = None) -> Axes:
-    """Draw the information of all neurons from the best to the least, a line for each layer.
-
-    With a null, the dashed line is what shuffled labels give in the middle of the neurons.
-
-    Parameters
-    ----------
-    result : Dataset
-        From `actstore.label_information`, of one stage.
-    ax : Axes, optional
-        Where to draw; default a new figure.
-    depth : Depth, optional
-        Colours of layers, where several panels share a colour bar; default the result's own layers,
-        with a bar.
-
-    Returns
-    -------
-    Axes
-    """
-    result = holding(result, "label_information", "information")
-    check_dims(result["information"], "layer", "neuron", "rank")
-    ax = new_axes(ax)
-
-    def line(part: xr.Dataset, colour: Any, label: str) -> None:
-        values = np.sort(part["information"].values.ravel())[::-1]
-        values = values[np.isfinite(values)]
-        ax.plot(np.arange(1, len(values) + 1), values, color=colour, label=label, linewidth=1.3)
-
-    overlaid(line, result, "layer" if result.sizes.get("layer", 1) > 1 else "", ax, depth)
-    if "null_mean" in result:
-        middle = float(np.nanmedian(result["null_mean"].values))
-        ax.axhline(middle, color=INK, linestyle="--", linewidth=0.9)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_formatter("{x:,g}")
-    ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
-    words = "neurons by rank" + ("; dashed: shuffled labels" if "null_mean" in result else "")
-    return tidy(ax, _place(result), words, _told(result))
-
-
-def label_profile(result: Result, ax: Axes | None = None) -> Axes:
-    """Draw the information of the best neuron over layers, a line for each stage or group.
-
-    Parameters
-    ----------
-    result : Dataset or DataTree
-        From `actstore.label_information`.
-    ax : Axes, optional
-        Where to draw; default a new figure.
-
-    Returns
-    -------
-    Axes
-    """
-    result = loaded(result)
-    best = [_best(part) for part in stages_of(result).values()]
-    joined = best[0]
-    if len(best) > 1:
-        names = np.array([str(d["stage"].item()) for d in best], object)
-        joined = xr.concat(best, xr.Variable("stage", names), join="outer", coords="minimal")
-    ax = profile(joined.assign_attrs(result.attrs), "best_neuron", ax)
-    _thin_ticks(ax)
-    ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
-    return ax
-
-
-def _best(part: xr.Dataset) -> xr.Dataset:
-    over = [d for d in ("neuron", "rank") if d in part["information"].dims]
-    best = part["information"].max(over).assign_attrs(part["information"].attrs)
-    made = best.drop_vars([c for c in best.coords if c not in (*best.dims, "stage", "layer")])
-    return made.to_dataset(name="best_neuron").assign_attrs(part.attrs)
-
-
-def labels(result: Result, figure: Figure | SubFigure | None = None) -> np.ndarray:
-    """Draw what neurons tell about a label: bars of the best; over layers all, and the best.
-
-    Parameters
-    ----------
-    result : Dataset or DataTree
-        From `actstore.label_information`. Of one layer, or with ``k``, bars in a panel for each
-        stage, layer and group; else the best neuron over layers, and the neurons of each stage
-        and group by rank.
-    figure : Figure or SubFigure, optional
-        Where to draw; default a new figure.
-
-    Returns
-    -------
-    ndarray of Axes
-    """
-    result = loaded(result)
-    parts = stages_of(result)
-    bars = any("rank" in part.dims for part in parts.values())
-    if bars or max(part.sizes.get("layer", 1) for part in parts.values()) == 1:
-        widest = max(
-            max(part.sizes.get("neuron", 0), part.sizes.get("rank", 0)) for part in parts.values()
-        )
-        height = 0.9 + 0.16 * min(_MOST_BARS, max(2, widest))
-        return facets(label_bars, result, figure, (3.4, height), ["neuron", "rank"])
-    depth = Depth(*layers_of(parts))
-    profiles = columns_of(result)
-    cells = [cell for part in parts.values() for cell in _parts_of(part)]
-    n = len(profiles) + len(cells)
-    columns = min(n, 3 if n in (3, 5, 6, 9) else 4)
-    axes = panels(figure, -(-n // columns), columns, (3.5, 2.7))
-    for ax, part in zip(axes.flat, profiles, strict=False):
-        label_profile(part, ax)
-    for ax, cell in zip(axes.flat[len(profiles) :], cells, strict=False):
-        label_ranks(cell, ax, depth=depth)
-    for ax in axes.flat[n:]:
-        ax.set_axis_off()
-    colour_bar(depth, list(axes.flat))
     return axes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product, zip_longest
 from typing import TYPE_CHECKING, Any, TypeAlias
 from zlib import crc32
@@ -30,6 +30,7 @@ __all__ = [
     "Depth",
     "Result",
     "bar_rows",
+    "cells_of",
     "check_dims",
     "colour_bar",
     "cut",
@@ -46,6 +47,7 @@ __all__ = [
     "named",
     "new_axes",
     "overlaid",
+    "panel_heading",
     "panels",
     "scale_bar",
     "shades",
@@ -54,6 +56,7 @@ __all__ = [
     "stage_colour",
     "stage_marker",
     "stages_of",
+    "thin_ticks",
     "tick_layers",
     "tick_whole",
     "tidy",
@@ -70,6 +73,9 @@ MOST_PANELS = 48
 
 POINTS: dict[str, Any] = {"linewidths": 0, "rasterized": True}
 """Scatters have many points: as an image, vector files stay small."""
+
+_MOST_LETTERS = 30
+"""Of the names of layers under an axis."""
 
 _GREY = "#b8bec9"
 
@@ -206,6 +212,13 @@ def tick_whole(ax: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+
+
+def thin_ticks(ax: Axes) -> None:
+    """Every second layer's name where all would touch in a narrow panel."""
+    names = [t.get_text() for t in ax.get_xticklabels()]
+    if sum(map(len, names)) > _MOST_LETTERS:
+        ax.set_xticks(ax.get_xticks()[::2], names[::2])
 
 
 def _stride(n: int) -> int:
@@ -575,6 +588,15 @@ def grouping(result: Result) -> list[str]:
     return [str(result.attrs["by"])] if "by" in result.attrs else []
 
 
+def cells_of(part: xr.Dataset) -> Iterator[xr.Dataset]:
+    """A part for each group, as far as it is split by a label."""
+    for label in grouping(part):
+        if label in part.dims:
+            yield from (part.sel({label: k}) for k in part[label].values)
+            return
+    yield part
+
+
 def check_dims(variable: xr.DataArray, *allowed: str, most: int = 9) -> list[str]:
     """Dimensions longer than one; raises unless they are among those that can be drawn.
 
@@ -626,6 +648,12 @@ def heading(part: xr.Dataset, but: Iterable[str] = ()) -> str:
         else:
             words.append(f"{name} {named(value)}")
     return ", ".join(words)
+
+
+def panel_heading(result: xr.Dataset) -> str:
+    """What a panel is about; the group in a line of its own."""
+    lines = heading(result, grouping(result)), heading(result, ["stage", "layer"])
+    return "\n".join(filter(None, lines))
 
 
 def described(variable: xr.DataArray) -> str:
