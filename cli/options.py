@@ -6,8 +6,7 @@ Each parameter of a query becomes an option of the same name, type, default and 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -50,8 +49,12 @@ def query_command(
             import actstore
 
             lazy = query.function(store, **asked)
-            with _shown():
-                return actstore.compute(lazy, scheduler=scheduler)
+            with progress("query", 1, "tasks") as bar:
+
+                def told(done: int, total: int) -> None:
+                    bar(done, "", total)
+
+                return actstore.compute(lazy, scheduler=scheduler, progress=told)
 
         run(query, ask, **mine)
 
@@ -74,26 +77,6 @@ def query_command(
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__name__ = query.name
     return command
-
-
-@contextmanager
-def _shown() -> Iterator[None]:
-    """How many of a question's tasks are done, on a terminal; a cluster has its own dashboard."""
-    from dask.callbacks import Callback
-
-    done = total = 0
-
-    def start(graph: Any, _: Any) -> None:
-        nonlocal total
-        total = len(graph)
-
-    def step(*_: Any) -> None:
-        nonlocal done
-        done += 1
-        bar(done, "", total)
-
-    with progress("query", 1, "tasks") as bar, Callback(start_state=start, posttask=step):
-        yield
 
 
 def option(name: str, kind: Any, default: Any, text: str, flag: str = "") -> inspect.Parameter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ import pytest
 from helpers import bare_corpus, plan_of, unwritten_store, write_store
 
 import actstore
+from actstore.errors import CorruptStoreError
 from actstore.plan import StageSpec
 from actstore.storage import counters
 
@@ -77,6 +79,28 @@ def test_a_worker_killed_in_the_middle(store: actstore.Store, client: distribute
     for a, b in zip(found, expected, strict=True):
         for name in b.data_vars:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-7, err_msg=name)
+
+
+def test_progress_is_told(store: actstore.Store, client: distributed.Client) -> None:
+    told: list[tuple[int, int]] = []
+    query = actstore.quantiles(store, tokens=ODD, per="neuron")
+    found = actstore.compute(query, progress=lambda *at: told.append(at))
+    done, totals = zip(*told, strict=True)
+    assert list(done) == sorted(done) and len(set(totals)) == 1
+    assert done[-1] == totals[0] >= LAYERS
+    expected = actstore.compute(query, scheduler="sync")
+    np.testing.assert_allclose(found["quantile"], expected["quantile"], rtol=1e-7)
+
+
+def test_progress_does_not_hide_a_failure(
+    store: actstore.Store, client: distributed.Client, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(store.path, tmp_path / "damaged.zarr"))
+    shard = next(path.glob("mlp_post/activation/c.1.*"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    query = actstore.moments(actstore.open(path), tokens=ODD)
+    with pytest.raises(CorruptStoreError, match=shard.name):
+        actstore.compute(query, progress=lambda *_: None)
 
 
 def test_no_activations_come_to_the_client(

@@ -93,6 +93,13 @@ def test_threads_and_processes(store: actstore.Store, expected: list[Any]) -> No
     same(elsewhere(lambda: actstore.compute(*queries, scheduler="processes")), expected)
 
 
+def test_progress_is_told(store: actstore.Store) -> None:
+    told: list[tuple[int, int]] = []
+    actstore.compute(actstore.moments(store), progress=lambda *at: told.append(at))
+    done, totals = zip(*told, strict=True)
+    assert list(done) == list(range(1, len(done) + 1)) and done[-1] <= totals[0]
+
+
 def test_a_cluster_by_its_address(
     store: actstore.Store, cluster: distributed.LocalCluster, expected: list[Any]
 ) -> None:

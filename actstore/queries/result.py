@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 from dask._task_spec import Task, TaskRef
 from dask.base import get_scheduler, is_dask_collection, named_schedulers, tokenize
+from dask.callbacks import Callback
 from dask.highlevelgraph import HighLevelGraph
 from threadpoolctl import threadpool_limits
 
@@ -173,7 +174,9 @@ def _varying(stages: Sequence[xr.Dataset]) -> list[str]:
     ]
 
 
-def compute(*queries: Result, scheduler: Any = None) -> Any:
+def compute(
+    *queries: Result, scheduler: Any = None, progress: Callable[[int, int], None] | None = None
+) -> Any:
     """Evaluate several queries in one pass: each shard that they share is read once.
 
     Parameters
@@ -185,6 +188,8 @@ def compute(*queries: Result, scheduler: Any = None) -> Any:
         dask.distributed scheduler as "tcp://host:8786", whose workers must see the store at the
         same path, or whatever else `dask.compute` takes. Default: an active Client of
         dask.distributed, else threads. All give the same values, matrix products to rounding.
+    progress : callable, optional
+        Called now and then as ``progress(done, total)``, in tasks.
 
     Returns
     -------
@@ -206,7 +211,7 @@ def compute(*queries: Result, scheduler: Any = None) -> Any:
         graph |= dict(dataset.__dask_graph__())
     keys = [list(d.__dask_keys__()) if is_dask_collection(d) else [] for d in flat]
     shared = share_reads(graph)
-    with _running(scheduler, lazy) as get:
+    with _running(scheduler, lazy) as get, _told(get, progress) as get:
         side_by_side = get is dask.threaded.get and one_core_each(shared)
         with threadpool_limits(1, "blas") if side_by_side else nullcontext():
             values = get(shared, keys) if graph else keys
@@ -232,6 +237,48 @@ def _running(scheduler: Any, lazy: Sequence[xr.Dataset]) -> Iterator[Callable[..
     if get is dask.multiprocessing.get:
         get = partial(get, chunksize=1)  # tasks are few and large: not several to a process
     yield get
+
+
+@contextmanager
+def _told(
+    get: Callable[..., Any], progress: Callable[[int, int], None] | None
+) -> Iterator[Callable[..., Any]]:
+    """What computes keys of a graph, and says how far it is."""
+    client = getattr(get, "__self__", None)
+    if progress is None:
+        yield get
+    elif type(client).__module__.startswith("distributed."):
+        yield partial(_get_from_cluster, client, progress)
+    else:
+        done = total = 0
+
+        def start(graph: Any, _: Any) -> None:
+            nonlocal total
+            total = len(graph)
+
+        def step(*_: Any) -> None:
+            nonlocal done
+            done += 1
+            progress(done, total)
+
+        with Callback(start_state=start, posttask=step):
+            yield get
+
+
+def _get_from_cluster(
+    client: Any, progress: Callable[[int, int], None], graph: Any, keys: Any
+) -> Any:
+    """`Client.get` that says how far it is: the workers' tasks are seen by the scheduler alone."""
+    from distributed.client import futures_of
+    from distributed.diagnostics.progressbar import ProgressBar
+
+    class Told(ProgressBar):
+        def _draw_bar(self, **counts: Any) -> None:
+            progress(counts["all"] - counts["remaining"], counts["all"])
+
+    futures = client.get(graph, keys, sync=False)
+    client.sync(Told(futures_of(futures), client.scheduler.address).listen)
+    return client.gather(futures)
 
 
 def _client(address: str) -> Any:

@@ -19,8 +19,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TextIO
 
-from dask.callbacks import Callback
-
 from ..queries import QUERIES, compute
 from ..queries.result import Result
 from ..storage import counters
@@ -91,8 +89,8 @@ def _computed(order: dict[str, Any], replies: TextIO) -> Result:
     arguments = asked.arguments(lambda name: _open(*order["stores"][name]))
     lazy = QUERIES[order["query"]].function(_open(*order["store"]), **arguments)
     answers.check_size(lazy, order["format"])
-    with _Progress(order["nbytes"], replies):
-        return compute(lazy)
+    with _Progress(order["nbytes"], replies) as told:
+        return compute(lazy, progress=told.tasks)
 
 
 @lru_cache(maxsize=8)
@@ -100,34 +98,29 @@ def _open(path: str, identity: str) -> Store:
     return open_store(path)
 
 
-class _Progress(Callback):
+class _Progress:
     """Tells how far a computation is: by the bytes that it has read, and by its tasks."""
 
     def __init__(self, nbytes: int, replies: TextIO) -> None:
         self._nbytes, self._replies = nbytes, replies
-        self._tasks = self._done = 0
+        self._done = 0.0
         self._before = counters.bytes
         self._over = threading.Event()
 
-    def _start_state(self, dsk: Any, state: Any) -> None:
-        self._tasks = len(dsk)
-
-    def _posttask(self, *_: Any) -> None:
-        self._done += 1
+    def tasks(self, done: int, total: int) -> None:
+        self._done = done / total
 
     def __enter__(self) -> _Progress:
-        super().__enter__()
         threading.Thread(target=self._tell, daemon=True).start()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._over.set()
-        super().__exit__(*error)
 
     def _tell(self) -> None:
         last = 0.0
         while not self._over.wait(_EVERY):
-            tasks = self._done / self._tasks if self._tasks else 0.0
+            tasks = self._done
             read = (counters.bytes - self._before) / self._nbytes if self._nbytes else tasks
             now = round(min((tasks + min(read, 1.0)) / 2, 0.99), 3)
             if now > last:
