@@ -9,6 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import pytest
 import xarray as xr
@@ -746,6 +747,9 @@ def test_messages_say_what_to_select(store: Any, ax: Axes) -> None:
     many = made("cosine_matrix", {"similarity": (("stage", "layer", "token", "token_b"), large)})
     with pytest.raises(UsageError, match=r"too few dots for a matrix of 6,000 tokens: .* 5,000"):
         plot.token_matrix(many, ax)
+    rows = xr.DataArray(da.zeros((40_000, 8), chunks=(1000, 8)), dims=("token", "neuron"))
+    with pytest.raises(UsageError, match=r"12.8 GB is more than a picture can show"):
+        plot.draw(queries.cosine_matrix(rows))
     with pytest.raises(UsageError, match="one of stage, layer"):
         plot.cosine_density(deep_["cosine_pairs"], ax)
     normal = deep_["gaussian_baseline"]

@@ -790,3 +790,12 @@ def test_data_that_is_wrong(tmp_path: Path) -> None:
             actstore.moments(data)
     with pytest.raises(actstore.errors.NotAStoreError):
         actstore.moments(tmp_path / "nothing.zarr")
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, q in QUERIES.items() if "seed" in {p.name for p in q.parameters}]
+)
+def test_seeds_that_are_wrong(small: SimpleNamespace, name: str) -> None:
+    own = {"label": "sequence"} if name == "label_information" else {}
+    with pytest.raises(UsageError, match="seed is -1: it must be a whole number from 0"):
+        QUERIES[name].function(small.store, stages="mlp_post", seed=-1, **own)

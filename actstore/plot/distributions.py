@@ -265,6 +265,8 @@ def neuron_panels(
         if part.sizes["neuron"]:
             histogram(part, ax, log=True)
             limits.append(ax.get_ylim())
+        else:
+            ax.set_xticks([])
         tidy(ax, title)
         ax.label_outer()
     axes[0, 0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))

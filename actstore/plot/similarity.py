@@ -32,6 +32,7 @@ from .style import (
     loaded,
     named,
     new_axes,
+    panel_heading,
     panels,
     scale_bar,
     shades,
@@ -127,7 +128,7 @@ def token_matrix(
     if "store_b" in result.attrs:
         first += f" of {result.attrs.get('store', '')}"
         second += f" of {result.attrs['store_b']}"
-    return tidy(ax, _place(result), second, first)
+    return tidy(ax, panel_heading(result), second, first)
 
 
 def _held(result: Any) -> xr.Dataset:
@@ -168,12 +169,6 @@ def _tick(tokens: np.ndarray, at: float, _: int) -> str:
 
 def _stage(result: xr.Dataset) -> str:
     return next(iter(stages_of(result))) or "the other"
-
-
-def _place(result: xr.Dataset) -> str:
-    """What a matrix is about; the group in a line of its own."""
-    lines = heading(result, grouping(result)), heading(result, ["stage", "layer"])
-    return "\n".join(filter(None, lines))
 
 
 def _metric(result: xr.Dataset) -> str:
@@ -284,7 +279,7 @@ def layer_matrix(
         _tick_names(axis, [layer_name(stage, n) for n in layers])
     both = "store_b" in result.attrs
     first, second = (f"layer of {result.attrs.get(k, '')}" if both else "layer" for k in _STORES)
-    return tidy(ax, _place(result) or name.upper(), second, first)
+    return tidy(ax, panel_heading(result) or name.upper(), second, first)
 
 
 def _compared(result: Any) -> tuple[xr.Dataset, str]:

@@ -74,6 +74,8 @@ MOST_PANELS = 48
 POINTS: dict[str, Any] = {"linewidths": 0, "rasterized": True}
 """Scatters have many points: as an image, vector files stay small."""
 
+_MOST_NBYTES = 2 * 2**30
+
 _MOST_LETTERS = 30
 """Of the names of layers under an axis."""
 
@@ -562,7 +564,19 @@ def layers_of(parts: dict[str, xr.Dataset]) -> tuple[list[int], list[str]]:
 
 def loaded(result: Result) -> Result:
     """A result with its values; drawing a lazy one would read the data again and again."""
-    return compute(result) if isinstance(result, xr.Dataset | xr.DataTree) else result
+    if not isinstance(result, xr.Dataset | xr.DataTree):
+        return result
+    _check_size(result)
+    return compute(result)
+
+
+def _check_size(result: Result) -> None:
+    """Refuse what no picture can show before it is computed."""
+    if result.nbytes > _MOST_NBYTES:
+        raise UsageError(
+            f"a result of {result.nbytes / 1e9:,.1f} GB is more than a picture can show: ask over "
+            "fewer tokens, layers or stages, or for reduce='histogram' where there is it"
+        )
 
 
 def holding(result: Any, query: str, *names: str) -> xr.Dataset:
@@ -580,6 +594,7 @@ def holding(result: Any, query: str, *names: str) -> xr.Dataset:
             f"this {type(result).__name__} holds {', '.join(held) or 'no variables'}: the picture "
             f"needs {' or '.join(names)}, as actstore.{query} gives"
         )
+    _check_size(result)
     return compute(result)
 
 

@@ -15,7 +15,7 @@ from .engine import Output
 from .joint import Answers, Grams, Rows, Streamed, View, passes_over
 from .registry import query
 from .result import Result, provenance
-from .rows import COMPAT, Compat, check
+from .rows import COMPAT, Compat, check, check_seed
 from .selection import Data, Names, Numbers, Selection, Tokens, select
 from .units import Unit, labelled, memory_nbytes, place_of, rows_of_groups, sampled, view_of
 
@@ -281,6 +281,7 @@ def intrinsic_dimension(
     [2.0]
     """
     selection = select(data, stages, layers, tokens, neurons, by, exclude_sinks)
+    check_seed(seed)
     check("method", method, ("twonn",))
     if not 5 <= n <= MAX_NEIGHBOURS:
         raise UsageError(f"n is {n:,}: it must be from 5 to {MAX_NEIGHBOURS:,} tokens")

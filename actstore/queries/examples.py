@@ -17,7 +17,7 @@ from ..stats.top import Top
 from .engine import Output, Pass, stream
 from .registry import query
 from .result import Result, assemble
-from .rows import COMPAT, Compat, check, element
+from .rows import COMPAT, Compat, check, check_seed, element
 from .selection import Data, Names, Numbers, Selection, Source, Tokens, select
 
 __all__ = ["sample", "top_tokens"]
@@ -136,6 +136,7 @@ def sample(
     [[1.0, 2.0, 3.0]]
     """
     selection = select(data, stages, layers, tokens, neurons, by, exclude_sinks)
+    check_seed(seed)
     check("unit", unit, ("token", "value"))
     check("compat", compat, COMPAT)
     if not 1 <= n <= MAX_SAMPLE:

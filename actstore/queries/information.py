@@ -22,7 +22,7 @@ from .joint import Answers, View
 from .matrices import MAX_TOKENS, lay_blocks, matrices_of
 from .registry import query
 from .result import Result, provenance
-from .rows import COMPAT, Compat, check
+from .rows import COMPAT, Compat, check, check_seed
 from .selection import Data, Names, Numbers, Selection, Tokens, check_free, select
 from .units import view_of
 
@@ -205,6 +205,7 @@ def mutual_information(
     """
     check("correction", correction, ("miller-madow", None))
     check("estimator", estimator, ESTIMATORS)
+    check_seed(seed)
     if not 1 <= bins <= MAX_BINS:
         raise UsageError(f"bins is {bins}: it must be from 1 to {MAX_BINS}")
     if null < 0 or null == 1:

@@ -15,7 +15,7 @@ from ..stats.streaming import State
 from .engine import Output, Pass, stream
 from .registry import query
 from .result import Result, assemble
-from .rows import check
+from .rows import check, check_seed
 from .selection import Data, Names, Numbers, Selection, Source, Tokens, select
 
 __all__ = ["label_information"]
@@ -88,6 +88,7 @@ def label_information(
     """
     selection = select(data, stages, layers, tokens, neurons, by, exclude_sinks)
     check("correction", correction, ("miller-madow", None))
+    check_seed(seed)
     if not 1 <= bins <= MAX_BINS:
         raise UsageError(f"bins is {bins}: it must be from 1 to {MAX_BINS}")
     if null < 0 or null == 1:

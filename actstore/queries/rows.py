@@ -17,6 +17,7 @@ __all__ = [
     "Compat",
     "Per",
     "check",
+    "check_seed",
     "element",
     "fractions_of",
     "groups_of",
@@ -37,6 +38,12 @@ def check(parameter: str, value: Any, allowed: Iterable[Any]) -> None:
     """Refuse a value that is not among those allowed."""
     if value not in allowed:
         raise UnknownNameError(f"value of {parameter}", value, allowed)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what no random numbers can start from."""
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise UsageError(f"seed is {seed!r}: it must be a whole number from 0")
 
 
 def groups_of(source: Source, neurons: np.ndarray, per: str) -> np.ndarray:

@@ -17,7 +17,7 @@ from .joint import Answers, Grams, Rows, Streamed, View, passes_over
 from .pairing import Compared, Pairs, Row, pair_up, select_second
 from .registry import query
 from .result import Result, provenance
-from .rows import COMPAT, Compat, check
+from .rows import COMPAT, Compat, check, check_seed
 from .selection import Data, Names, Numbers, Selection, Tokens, select
 from .units import Unit, labelled, memory_nbytes, rows_of_groups, sampled
 
@@ -224,6 +224,7 @@ def rsa(
     selection = select(data, stages, layers, tokens, neurons, by, exclude_sinks)
     check("metric", metric, METRICS)
     check("compare", compare, COMPARE)
+    check_seed(seed)
     check("compat", compat, COMPAT)
     if null < 0 or sample < 3:
         raise UsageError(f"null is {null} and sample {sample}: give at least 0 and 3")
