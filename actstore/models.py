@@ -79,6 +79,12 @@ def load_model(
         The model is not there, or cannot be used.
     UnknownNameError
         An unknown element type or device.
+
+    Examples
+    --------
+    >>> model, tokenizer = load_model("demo", device="cpu")
+    >>> model.config.n_layer, tokenizer.decode(tokenizer("Return the value").input_ids)
+    (6, 'Return the value')
     """
     if dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)

@@ -19,7 +19,7 @@ import numpy as np
 
 from .errors import CorpusError, UnknownNameError
 
-__all__ = ["RESERVED", "Record", "as_record", "read_records"]
+__all__ = ["RESERVED", "Record", "as_record", "check_name", "load_dataset", "read_records"]
 
 RESERVED = frozenset(
     """
@@ -101,7 +101,7 @@ def _mapping_record(item: Mapping[str, Any], where: str, column: str | None) -> 
     key = column or ("input_ids" if item.get("input_ids") is not None else "text")
     value = item.get(key)
     if value is None:
-        keys = ", ".join(map(str, item)) or "none"
+        keys = ", ".join(str(k)[:100] for k in list(item)[:50]) or "none"
         near = get_close_matches(key, [str(k) for k in item], n=1)
         wanted = repr(column) if column else "neither 'text' nor 'input_ids'"
         raise CorpusError(
@@ -127,7 +127,12 @@ def _mapping_record(item: Mapping[str, Any], where: str, column: str | None) -> 
 
 
 def _without_padding(record: Record, ids: np.ndarray, mask: Any) -> Record:
-    real = np.asarray(mask).astype(bool)
+    try:
+        real = np.asarray(mask).astype(bool)
+    except (ValueError, TypeError):
+        raise CorpusError(
+            f"{record.where}: 'attention_mask' is no flat list of zeros and ones"
+        ) from None
     if real.shape != ids.shape:
         raise CorpusError(
             f"{record.where}: 'attention_mask' has shape {real.shape}, 'input_ids' {ids.shape}; "
@@ -174,7 +179,7 @@ def _labels(
     labels: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for name, value in rest.items():
-        _check_name(name, where)
+        check_name(name, where)
         scalar = _scalar(value, where, name)
         if scalar is not _NOT_SCALAR:
             labels[name] = scalar
@@ -185,7 +190,8 @@ def _labels(
     return labels, left_out
 
 
-def _check_name(name: Any, where: str) -> None:
+def check_name(name: Any, where: str) -> None:
+    """Refuse a name that no label can have."""
     if name in RESERVED:
         raise CorpusError(
             f"{where}: the key {name!r} is a column that every store has already; rename it, for "
@@ -194,15 +200,15 @@ def _check_name(name: Any, where: str) -> None:
     words = name.split() if isinstance(name, str) else []
     if words and words != [name]:
         raise CorpusError(
-            f"{where}: the key {name!r} has white space, at which xarray splits the names of "
+            f"{where}: the key {name[:100]!r} has white space, at which xarray splits the names of "
             "coordinates, so that the label would be lost; rename it, for example to "
-            f"{'_'.join(words)!r}"
+            f"{'_'.join(words)[:100]!r}"
         )
     usable = words and re.fullmatch(r"(?!\.|__|zarr\.json$)[^/`]{1,100}", name)
     if not usable or not name.isprintable():
         raise CorpusError(
-            f"{where}: the key {name!r} cannot name a column; use letters, digits and '_', at most "
-            "100 (no '/', no '`', no '.' or '__' in front)"
+            f"{where}: the key {str(name)[:100]!r} cannot name a column; use letters, digits and "
+            "'_', at most 100 (no '/', no '`', no '.' or '__' in front)"
         )
 
 
@@ -394,7 +400,8 @@ def _not_found(path: Path) -> CorpusError:
     shown = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."
     if not os.path.isdir(path.parent):
         return CorpusError(f"no input at {shown}: there is no folder {str(path.parent)[:200]}")
-    near = get_close_matches(path.name[:200], sorted(os.listdir(path.parent)), n=1, cutoff=0.5)
+    beside = sorted(os.listdir(path.parent)) if os.access(path.parent, os.R_OK) else []
+    near = get_close_matches(path.name[:200], beside, n=1, cutoff=0.5)
     hint = f"did you mean {path.parent / near[0]}?" if near else "check the path."
     return CorpusError(
         f"no input at {shown}: {hint} An input is a text file, a .jsonl file, a dataset's folder "
@@ -408,7 +415,7 @@ def _not_found(path: Path) -> CorpusError:
 def _dataset_records(
     source: str, config: str | None, split: str | None, column: str | None
 ) -> Iterator[Record]:
-    dataset = _load_dataset(source, config, split)
+    dataset = load_dataset(source, config, split)
     inputs = [column] if column else [c for c in ("input_ids", "text") if c in dataset.features]
     if not inputs or inputs[0] not in dataset.features:
         raise UnknownNameError(
@@ -420,7 +427,8 @@ def _dataset_records(
     return _rows(dataset, source, inputs[0])
 
 
-def _load_dataset(source: str, config: str | None, split: str | None) -> Any:
+def load_dataset(source: str, config: str | None, split: str | None) -> Any:
+    """One split of a Hugging Face dataset, by its name or the folder it was saved to."""
     try:
         import datasets
     except ImportError as error:

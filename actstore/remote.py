@@ -15,18 +15,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any, TypeVar
 
 import numpy as np
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import from_url
+from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
+from obstore.store import HTTPStore, from_url
 
 from .errors import CorruptStoreError, StoreError, UsageError, WriteError
-from .storage import counters
+from .readonly import MemoryReader, ReadOnly, recent
+from .storage import Reader, check_size, counters
 
-__all__ = ["RemoteStorage", "object_store"]
+__all__ = ["HttpStorage", "RemoteStorage", "object_store", "remote_storage"]
 
 _RETRIES: Any = {
     "max_retries": 8,
@@ -47,7 +48,8 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 @lru_cache(maxsize=64)
 def object_store(url: str) -> Any:
     """obstore's store at a URL; one for every place, since it keeps connections open."""
-    options: Any = {**_CLIENT, "allow_http": True} if _is_http() else _CLIENT
+    plain = url.startswith("http://") or _is_http()
+    options: Any = {**_CLIENT, "allow_http": True} if plain else _CLIENT
     try:
         return from_url(url, client_options=options, retry_config=_RETRIES)
     except (BaseError, ValueError) as error:
@@ -81,6 +83,8 @@ def _reading(method: Method) -> Method:
                     "AWS_ENDPOINT_URL where it is not Amazon's"
                 ) from None
             raise
+        except NotSupportedError:
+            raise
         except BaseError as error:
             raise StoreError(
                 f"reading from {self.root} failed: {_first_line(error)}. Look at the network, the "
@@ -104,6 +108,8 @@ class RemoteStorage:
         Objects written so far.
     """
 
+    lists = True
+
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
         self.puts = 0
@@ -111,7 +117,7 @@ class RemoteStorage:
         self._store = object_store(self.root)
 
     def __repr__(self) -> str:
-        return f"RemoteStorage({self.root!r})"
+        return f"{type(self).__name__}({self.root!r})"
 
     # -- reading ---------------------------------------------------------------------------
 
@@ -129,10 +135,12 @@ class RemoteStorage:
             return None
 
     @_reading
-    def get(self, key: str) -> bytes | None:
-        """A whole object, None where there is none."""
+    def get(self, key: str, limit: int | None = None) -> bytes | None:
+        """A whole object, None where there is none; one of more bytes than `limit` is an error."""
         try:
-            data = bytes(obstore.get(self._store, key).bytes())
+            answer = obstore.get(self._store, key)
+            check_size(key, answer.meta["size"], limit)
+            data = bytes(answer.bytes())
         except FileNotFoundError as error:
             if _gone(error):
                 raise
@@ -154,16 +162,19 @@ class RemoteStorage:
         return not found["objects"] and folders <= {"journal"}
 
     @contextmanager
-    def reader(self, key: str) -> Iterator[RemoteReader]:
+    def reader(self, key: str) -> Iterator[Reader]:
         """Ranged reads of one object; a missing object is an error that says so."""
         try:
-            made = RemoteReader(self, key)
+            made = self._reader(key)
         except FileNotFoundError:
             raise CorruptStoreError(
                 f"{key} is missing from {self.root}: run `actstore verify` to see what else is, "
                 "and the same dump again to redo just that"
             ) from None
         yield made
+
+    def _reader(self, key: str) -> Reader:
+        return RemoteReader(self, key)
 
     @_reading
     def _read(self, key: str, start: int, end: int) -> memoryview:
@@ -270,3 +281,58 @@ class RemoteReader:
         for buffer in buffers:
             buffer[:] = np.frombuffer(data[done : done + len(buffer)], np.uint8)
             done += len(buffer)
+
+
+class HttpStorage(ReadOnly, RemoteStorage):
+    """A folder on a web server, which hands out files and cannot list them.
+
+    Parts of a file are asked for; of servers that know only whole ones (``python -m http.server``)
+    each is taken whole, and kept for a while.
+
+    Parameters
+    ----------
+    root : str
+        A URL, as ``http://localhost:8000/run.zarr``.
+    """
+
+    kind = "on a web server"
+    instead = "Write to a folder or an object store"
+    lists = False
+
+    def keys(self, prefix: str) -> list[str]:
+        """Nothing: web servers do not list."""
+        return []
+
+    def is_vacant(self) -> bool:
+        return not (self.exists("zarr.json") or self.exists("journal/plan.json"))
+
+    def _reader(self, key: str) -> Reader:
+        if self.root not in _whole_only:
+            try:
+                return super()._reader(key)
+            except NotSupportedError:
+                _whole_only.add(self.root)
+        name = (self.root, key, *self._version(key))
+        return MemoryReader(key, recent.get(name, partial(self._whole, key)))
+
+    @_reading
+    def _version(self, key: str) -> tuple[str, str, int]:
+        """Tells a file from what lay there before."""
+        facts = obstore.head(self._store, key)
+        return str(facts["e_tag"]), str(facts["last_modified"]), facts["size"]
+
+    def _whole(self, key: str) -> bytes:
+        data = self.get(key)
+        if data is None:
+            raise FileNotFoundError(key)
+        return data
+
+
+_whole_only: set[str] = set()
+"""Places whose server gives no parts of a file."""
+
+
+def remote_storage(url: str) -> RemoteStorage:
+    """What is at a URL: an object store's folder, or a web server's."""
+    is_web = isinstance(object_store(url.rstrip("/")), HTTPStore)
+    return HttpStorage(url) if is_web else RemoteStorage(url)

@@ -6,7 +6,7 @@ FORMAT.md is the normative page; a test checks its tables against this module.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,13 @@ import numpy as np
 from .errors import UnknownNameError, UsageError
 
 __all__ = [
+    "BLOCKS",
+    "CHUNK_NBYTES",
     "DIMS",
     "FORMAT",
     "GRANULE_TOKENS",
     "KEYS",
+    "METADATA_NBYTES",
     "MLP_STAGES",
     "MOMENTS",
     "RANKS",
@@ -87,6 +90,16 @@ RANKS = 20
 
 GRANULE_TOKENS = 2**14
 """Least number of tokens that a zone map's entry is about."""
+
+
+BLOCKS = 2**20
+"""Most blocks of a store; what is larger is cut into several, seen as one by `actstore.concat`."""
+
+CHUNK_NBYTES = 2**29
+"""Most bytes of a chunk, decoded; of the inner chunks of activations, an eighth of it."""
+
+METADATA_NBYTES = 2**25
+"""Most bytes of any `zarr.json` and of the manifest: more are not read."""
 
 
 @dataclass(frozen=True)
@@ -219,9 +232,10 @@ def pick(spec: str | int | Sequence[int] | None, available: Sequence[int], kind:
     if spec is None:
         return present
     if isinstance(spec, str):
-        wanted = [n for part in spec.split(",") for n in _numbers(part.strip(), spec, kind)]
+        # One after another: of a long range the first number that is not there ends it.
+        wanted = (n for part in spec.split(",") for n in _numbers(part.strip(), spec, kind))
     else:
-        wanted = [int(n) for n in (np.atleast_1d(np.asarray(spec)).tolist())]
+        wanted = (int(n) for n in np.atleast_1d(np.asarray(spec)).tolist())
     known = set(present)
     found = set()
     for n in wanted:
@@ -233,7 +247,7 @@ def pick(spec: str | int | Sequence[int] | None, available: Sequence[int], kind:
     return sorted(found)
 
 
-def _numbers(part: str, spec: str, kind: str) -> list[int]:
+def _numbers(part: str, spec: str, kind: str) -> Iterable[int]:
     match = re.fullmatch(r"(-?\d{1,9})|(\d{1,9})-(\d{1,9})", part)
     if not match:
         raise UsageError(
@@ -245,4 +259,4 @@ def _numbers(part: str, spec: str, kind: str) -> list[int]:
         return [int(single)]
     if int(high) < int(low) or int(high) - int(low) > 10_000_000:
         raise UsageError(f"{kind}s {spec!r}: the range {part!r} is empty; write it as '3-5'")
-    return list(range(int(low), int(high) + 1))
+    return range(int(low), int(high) + 1)

@@ -338,8 +338,9 @@ def read_shard(
     index = _read_index(layout, reader)
     r, c = layout.chunk_rows, layout.chunk_width
     first, last = columns.start // c, -(-columns.stop // c)
+    raw = _room(layout, last - first)
     for i in range(rows.start // r, -(-rows.stop // r)):
-        for j, chunk in _read_chunk_row(layout, reader, index, i, first, last):
+        for j, chunk in _read_chunk_row(layout, reader, index, i, first, last, raw):
             top, left = i * r, j * c
             a, b = max(rows.start, top), min(rows.stop, top + r)
             p, q = max(columns.start, left), min(columns.stop, left + c)
@@ -398,7 +399,8 @@ def read_pieces(
             last = min(first + most, wide)
             values = held[: last - first]
             if not _read_in_place(layout, reader, index, i, first, values):
-                for j, chunk in _read_chunk_row(layout, reader, index, i, first, last):
+                raw = _room(layout, last - first)
+                for j, chunk in _read_chunk_row(layout, reader, index, i, first, last, raw):
                     values[j - first] = chunk
             yield i, values
 
@@ -438,16 +440,30 @@ def _spans(
     return offsets, sizes
 
 
+def _room(layout: Layout, chunks: int) -> np.ndarray:
+    """Where stored chunks of a row go, whatever their size, to be used again for other rows."""
+    return np.empty(chunks * (layout.chunk_nbytes + blosc.MAX_OVERHEAD + _CRC), np.uint8)
+
+
 def _read_chunk_row(
-    layout: Layout, reader: Reader, index: np.ndarray, i: int, first: int, last: int
+    layout: Layout,
+    reader: Reader,
+    index: np.ndarray,
+    i: int,
+    first: int,
+    last: int,
+    room: np.ndarray,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (j, values) for the chunks first..last of one chunk row, in as few reads as may be."""
+    """Yield (j, values) for the chunks first..last of one chunk row, in as few reads as may be.
+
+    Values may lie in `room`, and are written over by the next row.
+    """
     offsets, sizes = _spans(layout, reader, index, i, first, last)
     ends = offsets + sizes
     # Our chunks lie in order and come in one read; stock zarr's order is its own.
     for run in np.split(np.arange(last - first), np.nonzero(offsets[1:] != ends[:-1])[0] + 1):
         start = offsets[run[0]]
-        raw = np.empty(ends[run[-1]] - start, np.uint8)
+        raw = room[: ends[run[-1]] - start]
         reader.read_into(raw, offset=int(start))
         for k in run:
             a, b = offsets[k] - start, ends[k] - start - _CRC

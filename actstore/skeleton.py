@@ -19,11 +19,14 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
+from .errors import PlanError
 from .plan import Plan, StagePlan
 from .schema import (
+    CHUNK_NBYTES,
     DIMS,
     GRANULE_TOKENS,
     KEYS,
+    METADATA_NBYTES,
     MOMENTS,
     RANKS,
     STAGES,
@@ -37,6 +40,7 @@ __all__ = ["Skeleton", "build", "build_sketches", "table_chunk"]
 
 LABEL_CHUNK = 2**20
 MAX_FLAGS = 1024
+TEXT_CHUNK_NBYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,14 @@ def build(
         for group in [*(stage.name for stage in plan.stages), *_table_groups(plan)]:
             zarr.consolidate_metadata(memory, path=group, zarr_format=3)
         zarr.consolidate_metadata(memory, zarr_format=3)
-    return _collected(memory)
+    made = _collected(memory)
+    root = len(made.groups["zarr.json"])
+    if root > METADATA_NBYTES // 2:
+        raise PlanError(
+            f"the labels' values would make metadata of {root / 2**20:,.0f} MiB, where "
+            f"{METADATA_NBYTES // 2**21} are most: attach fewer text labels, or shorter ones"
+        )
+    return made
 
 
 def build_sketches(
@@ -125,7 +136,7 @@ def _is_group(key: str, value: bytes) -> bool:
 
 def _write(memory: MemoryStore, group: str, dataset: xr.Dataset) -> None:
     encoding = {
-        name: {"chunks": (min(LABEL_CHUNK, max(1, var.size)),)}
+        name: {"chunks": (min(_chunk_rows(var), max(1, var.size)),)}
         for name, var in dataset.variables.items()
         if var.ndim == 1
     }
@@ -136,6 +147,14 @@ def _write(memory: MemoryStore, group: str, dataset: xr.Dataset) -> None:
         dataset.to_zarr(
             memory, group=group, zarr_format=3, consolidated=False, encoding=encoding, mode="a"
         )
+
+
+def _chunk_rows(variable: xr.Variable) -> int:
+    """Values of a chunk of a column; fewer where they are long texts, which are read by chunks."""
+    if variable.dtype != object:
+        return LABEL_CHUNK
+    nbytes = sum(map(len, variable.values))
+    return min(LABEL_CHUNK, max(1, variable.size * TEXT_CHUNK_NBYTES // max(1, nbytes)))
 
 
 def _create_activation(
@@ -198,6 +217,7 @@ def create_sketches(
     """Lay out ``sketch/``: for each stage its totals, and by granule its zone maps."""
     granule = block_tokens * max(1, GRANULE_TOKENS // block_tokens)
     n = len(strata)
+    _check_sketches(stages, n)
     names = np.array(strata, dtype=object)
     _group(memory, "sketch")
     for stage in stages:
@@ -226,11 +246,25 @@ def create_sketches(
             _array(memory, token, ranked, "int64", "their tokens; -1 for none", one)
         if covariance:
             square = {"stratum": n, "layer": layers, "neuron": width, "neuron_b": width}
-            scatter, one_each = f"{folder}/scatter", {"stratum": 1, "layer": 1}
+            rows = min(width, max(1, CHUNK_NBYTES // (8 * width)))
+            scatter, one_each = f"{folder}/scatter", {"stratum": 1, "layer": 1, "neuron": rows}
             what = "sums of products of two neurons about the stratum's means"
             _array(memory, scatter, square, "float64", what, one_each)
         norms = {"layer": layers, "token": n_tokens}
         _array(memory, f"{folder}/norm", norms, "float32", "Euclidean norm", {"token": granule})
+
+
+def _check_sketches(stages: Sequence[StagePlan], n_strata: int) -> None:
+    """A stage's table of moments or of counts is one chunk, which readers take whole."""
+    for stage in stages:
+        most = max(len(MOMENTS) * stage.layout.width, KEYS)
+        nbytes = 8 * n_strata * len(stage.layers) * most
+        if nbytes > CHUNK_NBYTES:
+            raise PlanError(
+                f"sketches of {stage.name} in {n_strata} classes of tokens take a table of "
+                f"{nbytes / 1e9:.1f} GB, more than {CHUNK_NBYTES / 1e9:.2f}: sketch by no label, "
+                "or by one of fewer values, or keep fewer layers in a store"
+            )
 
 
 def _group(memory: MemoryStore, path: str) -> None:

@@ -5,17 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import zarr
 
-from .places import zarr_at
+from .errors import CorruptStoreError
+from .guard import guard_at
+from .root import AGAIN
 from .schema import MOMENTS, STRATA, Categorical
 from .stats.moments import merge_moments
 from .stats.streaming import State
 
-__all__ = ["Sketched", "strata_codes", "union_of_strata"]
+__all__ = ["Sketched", "Sketches", "strata_codes", "union_of_strata"]
+
+
+class Sketches(Protocol):
+    """What is known of a stage without its values: see `Sketched`, which reads it of a store."""
+
+    def moments(self, strata: Sequence[int], layer_index: int) -> State: ...
+    def counts(self, strata: Sequence[int], layer_index: int) -> np.ndarray: ...
+    def extremes(
+        self, strata: Sequence[int], layer_index: int, largest: bool
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+    def norms(self, layer_index: int) -> np.ndarray: ...
 
 
 def strata_codes(
@@ -64,23 +76,23 @@ class Sketched:
 
     Attributes
     ----------
-    path, id, stage : str
-        Where the store is, and its identity, so that nothing of another store that lay there
+    path, stamp, stage : str
+        Where the store is, and what its root was, so that nothing of another store that lay there
         before is taken for its.
     """
 
     path: str
-    id: str
+    stamp: str
     stage: str
 
     def moments(self, strata: Sequence[int], layer_index: int) -> State:
         """Moments of a union of strata, each (neuron,)."""
-        table = _read(self.path, self.id, f"sketch/{self.stage}/moments")[:, :, layer_index]
+        table = _read(self.path, self.stamp, f"sketch/{self.stage}/moments")[:, :, layer_index]
         return reduce(merge_moments, (dict(zip(MOMENTS, table[:, s], strict=True)) for s in strata))
 
     def counts(self, strata: Sequence[int], layer_index: int) -> np.ndarray:
         """Values by their upper 16 bits, (65536,)."""
-        tables = _read(self.path, self.id, f"sketch/{self.stage}/counts")
+        tables = _read(self.path, self.stamp, f"sketch/{self.stage}/counts")
         return tables[list(strata), layer_index].sum(0)
 
     def extremes(
@@ -92,11 +104,15 @@ class Sketched:
         """
         side = "largest" if largest else "smallest"
         chosen = list(strata)
-        place, key = zarr_at(self.path), f"sketch/{self.stage}/{side}"
-        value = zarr.open_array(place, path=f"{key}_value", mode="r")
-        token = zarr.open_array(place, path=f"{key}_token", mode="r")
-        values = np.asarray(value[:, layer_index])[chosen]
-        tokens = np.asarray(token[:, layer_index])[chosen]
+        values, tokens = (
+            np.asarray(self._array(f"{side}_{what}")[:, layer_index])[chosen]
+            for what in ("value", "token")
+        )
+        if tokens.size and not -1 <= tokens.min() <= tokens.max() < self._array("norm").shape[1]:
+            raise CorruptStoreError(
+                f"sketch/{self.stage}/{side}_token of {self.path} names tokens that the store does "
+                f"not have. {AGAIN}"
+            )
         ranks = values.shape[-1]
         values = values.swapaxes(0, 1).reshape(values.shape[1], -1)
         tokens = tokens.swapaxes(0, 1).reshape(tokens.shape[1], -1)
@@ -106,11 +122,13 @@ class Sketched:
 
     def norms(self, layer_index: int) -> np.ndarray:
         """Euclidean norm of each token, (token,)."""
-        array: Any = zarr.open_array(zarr_at(self.path), path=f"sketch/{self.stage}/norm", mode="r")
-        return np.asarray(array[layer_index])
+        return np.asarray(self._array("norm")[layer_index])
+
+    def _array(self, name: str) -> Any:
+        return guard_at(self.path, self.stamp).array(f"sketch/{self.stage}/{name}")
 
 
 @lru_cache(maxsize=16)
-def _read(path: str, identity: str, key: str) -> np.ndarray:
+def _read(path: str, stamp: str, key: str) -> np.ndarray:
     """A small array, whole; a sealed store does not change."""
-    return np.asarray(zarr.open_array(zarr_at(path), path=key, mode="r")[:])
+    return np.asarray(guard_at(path, stamp).array(key)[:])

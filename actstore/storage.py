@@ -10,17 +10,18 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from .errors import CorruptStoreError, WriteError
+from .errors import CorruptStoreError, StoreError, WriteError
 
-__all__ = ["LocalStorage", "Reader", "Storage", "aligned_buffer", "counters"]
+__all__ = ["LocalStorage", "Reader", "Storage", "aligned_buffer", "check_key", "counters"]
 
 _PAGE = 4096
 _PARTIAL = ".partial"
@@ -49,7 +50,39 @@ counters = Counters()
 
 def aligned_buffer(nbytes: int) -> np.ndarray:
     """Zeroed bytes at a page boundary, padded to whole pages, as direct I/O wants them."""
-    return np.frombuffer(mmap.mmap(-1, max(1, -(-nbytes // _PAGE)) * _PAGE), np.uint8)
+    size = max(1, -(-nbytes // _PAGE)) * _PAGE
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # Touching memory for the first time, page by page, takes longer than filling it.
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
+
+
+def check_key(key: str) -> None:
+    """Refuse a key that would lead out of a store, or that no place can have.
+
+    Examples
+    --------
+    >>> check_key("mlp_post/activation/c.0.0.0")
+    >>> check_key("../../etc/passwd")
+    Traceback (most recent call last):
+        ...
+    actstore.errors.CorruptStoreError: '../../etc/passwd' leads out of the store
+    """
+    if {"", ".", ".."} & set(key.split("/")):
+        raise CorruptStoreError(f"{key[:200]!r} leads out of the store")
+    if len(key) > 1024 or "\0" in key:
+        raise CorruptStoreError(f"{key[:200]!r} is no name for an object")
+
+
+def check_size(key: str, nbytes: int, limit: int | None) -> None:
+    """Refuse to read more than is due."""
+    if limit is not None and nbytes > limit:
+        raise CorruptStoreError(
+            f"{key} has {nbytes:,} bytes, and at most {limit:,} are due: it was changed since it "
+            "was written. Run `actstore verify` to see what else was, and the same dump again"
+        )
 
 
 class Reader(Protocol):
@@ -79,15 +112,18 @@ class Storage(Protocol):
         Objects written so far.
     at_once : int
         Small objects that are best written at the same time.
+    lists : bool
+        Whether it can say which objects there are.
     """
 
     root: Any
     puts: int
     at_once: int
+    lists: bool
 
     def exists(self, key: str) -> bool: ...
     def size(self, key: str) -> int | None: ...
-    def get(self, key: str) -> bytes | None: ...
+    def get(self, key: str, limit: int | None = None) -> bytes | None: ...
     def keys(self, prefix: str) -> list[str]: ...
     def is_vacant(self) -> bool: ...
     def reader(self, key: str) -> AbstractContextManager[Reader]: ...
@@ -121,6 +157,8 @@ class LocalStorage:
         Objects written so far.
     """
 
+    lists = True
+
     def __init__(self, root: str | os.PathLike[str], tag: str = "0") -> None:
         self.root = Path(root)
         self.tag = tag
@@ -131,6 +169,8 @@ class LocalStorage:
         return f"LocalStorage({str(self.root)!r})"
 
     def path(self, key: str) -> Path:
+        if key:
+            check_key(key)
         return self.root / key
 
     # -- reading ---------------------------------------------------------------------------
@@ -145,12 +185,40 @@ class LocalStorage:
         except FileNotFoundError:
             return None
 
-    def get(self, key: str) -> bytes | None:
-        """A whole object, None where there is none."""
+    def get(self, key: str, limit: int | None = None) -> bytes | None:
+        """A whole object, None where there is none; one of more bytes than `limit` is an error."""
         try:
-            return self.path(key).read_bytes()
+            fd = self._open(key)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
+        with os.fdopen(fd, "rb") as file:
+            check_size(key, os.fstat(fd).st_size, limit)
+            return file.read()
+
+    def _open(self, key: str) -> int:
+        """Open an object for reading: a file, and one that lies in the store."""
+        path = self.path(key)
+        try:
+            real, root = os.path.realpath(path), os.path.realpath(self.root)
+            if not real.startswith(f"{root.rstrip('/')}/"):
+                raise StoreError(
+                    f"{key} is a link to {real}, outside of {self.root}: copy what it points to "
+                    "into its place"
+                )
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise
+        except OSError as error:
+            raise StoreError(
+                f"reading {key} of {self.root} failed: {error.strerror or error}"
+            ) from None
+        kind = os.fstat(fd).st_mode
+        if not stat.S_ISREG(kind):
+            os.close(fd)
+            if stat.S_ISDIR(kind):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            raise StoreError(f"{key} of {self.root} is no file")
+        return fd
 
     def keys(self, prefix: str) -> list[str]:
         """Keys of the objects directly in a folder, sorted; unfinished writes left out."""
@@ -169,8 +237,8 @@ class LocalStorage:
     def reader(self, key: str) -> Iterator[LocalReader]:
         """Ranged reads of one object; a missing object is an error that says so."""
         try:
-            fd = os.open(self.path(key), os.O_RDONLY)
-        except FileNotFoundError:
+            fd = self._open(key)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise CorruptStoreError(
                 f"{key} is missing from {self.root}: run `actstore verify` to see what else is, "
                 "and the same dump again to redo just that"
