@@ -18,9 +18,11 @@ from typing import Any
 from crc32c import crc32c
 
 from .errors import CorruptStoreError
+from .kinds import mapping, need, text, whole
 from .plan import canonical_json
+from .schema import BLOCKS, METADATA_NBYTES
 from .shard import ShardSummary
-from .storage import Storage
+from .storage import Storage, check_key
 
 __all__ = ["Record", "ShardRecord", "content_id", "differences", "read_plan", "record_key"]
 
@@ -79,6 +81,13 @@ class Record:
     @classmethod
     def decode(cls, data: bytes) -> Record:
         body = opened_json(data)
+        need(isinstance(body.get("shards"), list), "its shards are no list")
+        for row in body["shards"]:
+            need(isinstance(row, list) and len(row) == 6, "a shard is not of six values")
+            check_key(text(row[0], "the key of a shard"))
+            for number in (row[1], row[2], row[5]):
+                whole(number, f"a number of {row[0][:200]}")
+            need(all(type(n) in (int, float, type(None)) for n in row[3:5]), "extremes are odd")
         shards = tuple(
             ShardRecord(
                 key,
@@ -90,15 +99,16 @@ class Record:
             )
             for key, size, crc, low, high, bad in body["shards"]
         )
-        return cls(body["pass"], body["block"], shards, dict(body.get("tables", {})))
+        index, block = (whole(body.get(name), name) for name in ("pass", "block"))
+        return cls(index, block, shards, dict(mapping(body.get("tables", {}), "tables")))
 
     @classmethod
     def read(cls, storage: Storage, index: int, block: int) -> Record | None:
         """The record of a block; None where there is none or it is damaged."""
-        data = storage.get(record_key(index, block))
-        if data is None:
-            return None
         try:
+            data = storage.get(record_key(index, block), METADATA_NBYTES)
+            if data is None:
+                return None
             record = cls.decode(data)
         except (CorruptStoreError, KeyError, TypeError, ValueError):
             return None
@@ -146,15 +156,22 @@ def opened_json(data: bytes) -> dict[str, Any]:
 
 def read_plan(storage: Storage) -> dict[str, Any] | None:
     """The stored plan: configuration, blocks, passes. None where there is none."""
-    data = storage.get(PLAN)
+    data = storage.get(PLAN, METADATA_NBYTES)
     if data is None:
         return None
     try:
-        return opened_json(data)
+        stored = opened_json(data)
+        mapping(stored.get("config"), "config")
+        text(stored.get("config_hash"), "config_hash")
+        for name, most in {"tokens": 2**53, "blocks": BLOCKS, "passes": 2**16}.items():
+            whole(stored.get(name), name, 0, most)
+        need({"format", "sketch"} <= stored.keys(), "it has no format")
+        return stored
     except CorruptStoreError as error:
         raise CorruptStoreError(
-            f"{PLAN} in {storage.root} is damaged: {error}. Delete the store and dump again, or "
-            "restore that one file from a copy"
+            f"{PLAN} in {storage.root} is damaged: {error}. Where the store is sealed, the "
+            "same dump again writes it anew; else restore that one file from a copy, or delete the "
+            "store and dump again"
         ) from None
 
 

@@ -83,7 +83,7 @@ def add_sketches(
             digests |= put_all(storage, _scatters(stages, store, strata, made))
         groups = {k: v for k, v in made.groups.items() if k != "zarr.json"}
         digests |= put_all(storage, groups.items())
-        _rewrite_manifest(storage, digests)
+        _rewrite_manifest(storage, digests, {"by": by})
         _rewrite_root(storage, made, {"by": by})
     return open_store(path)
 
@@ -137,10 +137,12 @@ def _scatters(
             yield from drain.objects()
 
 
-def _rewrite_manifest(storage: Storage, digests: dict[str, list[int]]) -> None:
+def _rewrite_manifest(
+    storage: Storage, digests: dict[str, list[int]], settings: dict[str, str | None]
+) -> None:
     manifest = journal.opened_json(storage.get(journal.MANIFEST) or b"")
     others = {k: v for k, v in manifest["objects"].items() if not k.startswith("sketch/")}
-    manifest["objects"] = others | digests
+    manifest |= {"objects": others | digests, "sketch": settings}
     storage.put_durable(journal.MANIFEST, journal.sealed_json(manifest))
 
 

@@ -77,6 +77,7 @@ def seal(
         "records": {"count": len(records), "crc32c": crc32c(b"".join(records))},
     }
     root = json.loads(skeleton.groups["zarr.json"])
+    manifest["sketch"] = root["attributes"]["actstore"].get("sketch")
     nonfinite = sum(s.summary.nonfinite for r in records for s in Record.decode(r).shards)
     root["attributes"]["actstore"] |= {"id": identity, "nonfinite": nonfinite}
     put_if_new(storage, journal.MANIFEST, journal.sealed_json(manifest))
@@ -254,8 +255,21 @@ def sealed_objects(storage: Storage, groups: tuple[str, ...]) -> dict[str, Diges
 
 
 def sealed_settings(storage: Storage) -> dict[str, Any] | None:
-    """How a sealed store was sketched, from its root; None where it was not."""
-    data = storage.get("zarr.json")
-    if data is None:
-        return None
-    return json.loads(data)["attributes"]["actstore"].get("sketch")
+    """How a sealed store was sketched, from its manifest or its root; None where it was not.
+
+    Raises
+    ------
+    CorruptStoreError
+        Neither can be read.
+    """
+    try:
+        manifest = journal.opened_json(storage.get(journal.MANIFEST) or b"")
+        if "sketch" in manifest:
+            return manifest["sketch"]
+    except CorruptStoreError:
+        pass
+    try:
+        root = json.loads(storage.get("zarr.json") or b"")
+        return root["attributes"]["actstore"].get("sketch")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise CorruptStoreError("neither manifest nor zarr.json can be read") from None

@@ -11,6 +11,7 @@ else. `dump` stands on this; people with their own loops use it directly.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +27,7 @@ import numpy as np
 
 from . import journal, skeleton
 from .errors import (
+    CorruptStoreError,
     HalfOverflowError,
     NonFiniteError,
     PlanError,
@@ -33,9 +36,10 @@ from .errors import (
     WriteError,
 )
 from .journal import Record, ShardRecord
-from .places import is_url, storage_at
+from .places import check_writable, is_url, storage_at
 from .plan import Plan, StagePlan
 from .pool import BufferPool
+from .scaling import check_one_store
 from .schema import FORMAT, TABLES
 from .seal import (
     block_records,
@@ -98,7 +102,8 @@ class Writer:
     rank, world_size : int
         This process's number among those that write the store together, each a run of blocks.
     threads : int, optional
-        Writer threads. Default: 1, or half the cores where shards are compressed.
+        Writer threads. Default: half the cores and at least 2, so that one computes checksums
+        while another waits for the disk; 1 with `hold`, unless shards are compressed.
     allow_nonfinite : bool
         Store NaN and inf instead of refusing them.
 
@@ -145,6 +150,8 @@ class Writer:
     ) -> None:
         if not 0 <= rank < world_size:
             raise UsageError(f"rank {rank} is not below the world size {world_size}")
+        check_writable(path)
+        check_one_store(plan)
         self.storage = storage_at(path, tag=str(rank))
         self.plan = plan
         self.rank, self.world_size = rank, world_size
@@ -157,10 +164,10 @@ class Writer:
         self._sketcher: Sketcher | None = None
         self._held: list[_OpenShard] = []
         self._vocabulary = vocabulary
-        compressed = any(s.layout.compressed for s in plan.stages)
+        self._compressed = any(s.layout.compressed for s in plan.stages)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self._cores = cores or 1
-        self._threads = threads or (max(2, self._cores // 2) if compressed else 1)
+        self._threads = threads
         self._pool = BufferPool(_pool_nbytes(plan))
         self._stages = {s.name: s for s in plan.stages}
         self._pass_of = {
@@ -181,7 +188,6 @@ class Writer:
     def __enter__(self) -> Writer:
         with ExitStack() as stack, self._disk_errors(str(self.storage.root)):
             self._prepare(stack)
-            self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="actstore")
             self._all_cores = stack.enter_context(ThreadPoolExecutor(self._cores))
             self._stack = stack.pop_all()
         return self
@@ -210,9 +216,9 @@ class Writer:
 
     def _prepare(self, stack: ExitStack) -> None:
         storage, plan = self.storage, self.plan
-        stored = self._stored_plan()
-        self._check_room(bool(stored))
         self._was_sealed = storage.exists("zarr.json")
+        stored = self._stored_plan()
+        self._check_room(self._was_sealed or bool(stored))
         self._settings = self._sketch_settings(stored)
         self._strata = plan_strata(plan, self._settings["by"]) if self._settings else None
         # A sealed store's sketches are kept: redone blocks have the same values.
@@ -237,9 +243,12 @@ class Writer:
 
     def _sketch_settings(self, stored: dict[str, Any] | None) -> dict[str, Any] | None:
         """How to sketch: as the store was begun; a sealed one may have got its sketches later."""
+        asked = self._sketch_asked()
         if self._was_sealed:
-            return sealed_settings(self.storage)
-        asked = {"by": self.plan.sketch_by} if self.plan.sketch else None
+            try:
+                return sealed_settings(self.storage)
+            except CorruptStoreError:
+                return asked
         if stored is not None and stored["sketch"] != asked:
             raise PlanError(
                 f"{self.storage.root} was begun with sketches {_sketching(stored['sketch'])}, and "
@@ -247,13 +256,21 @@ class Writer:
             )
         return asked
 
+    def _sketch_asked(self) -> dict[str, Any] | None:
+        return {"by": self.plan.sketch_by} if self.plan.sketch else None
+
     def _stored_plan(self) -> dict[str, Any] | None:
         root = self.storage.root
         if not is_url(root) and root.is_file():
             raise PlanError(f"{root} is a file: choose another output")
-        stored = journal.read_plan(self.storage)
+        try:
+            stored = journal.read_plan(self.storage)
+        except CorruptStoreError:
+            if not self._is_of_this_plan():
+                raise
+            stored = None  # it is written anew
         if stored is None:
-            if not self.storage.is_vacant():
+            if not self.storage.is_vacant() and not self._is_of_this_plan():
                 raise PlanError(
                     f"{root} exists and is not a store of actstore's: choose another output"
                 )
@@ -267,6 +284,14 @@ class Writer:
             )
         return stored
 
+    def _is_of_this_plan(self) -> bool:
+        """Whether the root of a sealed store, whose plan is lost, says that it was made by this."""
+        try:
+            root = json.loads(self.storage.get("zarr.json") or b"")
+            return root["attributes"]["actstore"]["config_hash"] == self.plan.config_hash
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return False
+
     def _plan_record(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
@@ -275,7 +300,7 @@ class Writer:
             "tokens": self.plan.n_tokens,
             "blocks": self.plan.n_blocks,
             "passes": len(self.plan.passes),
-            "sketch": self._settings,
+            "sketch": self._sketch_asked(),
         }
 
     def _attributes(self) -> dict[str, Any]:
@@ -304,12 +329,23 @@ class Writer:
     # -- what is there already ---------------------------------------------------------------
 
     def mine(self) -> range:
-        """This rank's run of blocks."""
+        """This rank's run of blocks.
+
+        Returns
+        -------
+        range
+        """
         n, r, w = self.plan.n_blocks, self.rank, self.world_size
         return range(n * r // w, n * (r + 1) // w)
 
     def committed(self) -> int:
-        """Blocks with a commit record, by whichever rank, over all passes."""
+        """Blocks with a commit record, by whichever rank, over all passes.
+
+        Returns
+        -------
+        int
+            How many.
+        """
         return sum(
             self.storage.exists(journal.record_key(index, block))
             for index in range(len(self.plan.passes))
@@ -372,7 +408,19 @@ class Writer:
     # -- filling -----------------------------------------------------------------------------
 
     def wants(self, blocks: np.ndarray, index: int = 0) -> bool:
-        """Whether any of these blocks is still to be written in a pass."""
+        """Whether any of these blocks is still to be written in a pass.
+
+        Parameters
+        ----------
+        blocks : ndarray of int
+            Numbers of blocks.
+        index : int
+            Of the pass.
+
+        Returns
+        -------
+        bool
+        """
         return bool(self.missing[index][blocks].any())
 
     def put(self, stage: str, layer: int, token: int, values: np.ndarray) -> None:
@@ -570,6 +618,13 @@ class Writer:
             raise half_overflow(shard.stage, shard.layer_index, float(large[0]), large.size)
 
     # -- finishing: from here on in writer threads ---------------------------------------------
+
+    @cached_property
+    def _executor(self) -> ThreadPoolExecutor:
+        """Writer threads, begun when there is something to write: by then `hold` is set."""
+        alone = self.hold and not self._compressed
+        threads = self._threads or (1 if alone else max(2, self._cores // 2))
+        return ThreadPoolExecutor(threads, thread_name_prefix="actstore")
 
     def _finish(self, shard: _OpenShard) -> None:
         del self._open[shard.stage.name, shard.layer_index, shard.block]

@@ -9,98 +9,56 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fault_table
+import numpy as np
 import pytest
-from helpers import assert_same_tree, prose, tree_digests
+import questions
+from fault_table import NOBODY
+from faults import (
+    BLOCKS,
+    COMMAND,
+    ENVIRONMENT,
+    JOB,
+    LAYERS,
+    Reference,
+    Warm,
+    fill_up,
+    kill_in,
+    needed_bytes,
+    operation_of,
+    phase,
+    records,
+    resize,
+    set_writable,
+    small_disk,
+    wait_for,
+)
+from helpers import (
+    STAGES,
+    VOCABULARY,
+    assert_same_tree,
+    plan_of,
+    prose,
+    random_values,
+    scratch,
+    small_corpus,
+    tree_bytes,
+    tree_digests,
+    write_small,
+    write_store,
+)
+from serving import client, finished
 
+from actstore.errors import PlanError
 from actstore.journal import Record
 from actstore.storage import LocalStorage
-
-TOKENS, BLOCKS = 5000, 20  # of 256 tokens, the last one short
-LAYERS, WIDTH = 3, 128 + 512
-JOB = [
-    *("--stages", "hidden,mlp_post", "--layers", "0,3,-1"),
-    *("--max-tokens", str(TOKENS), "--buffer", "4MiB"),
-]
-COMMAND = [sys.executable, "-m", "actstore_cli"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-ENVIRONMENT.pop("RANK", None)
-ENVIRONMENT.pop("WORLD_SIZE", None)
-
-
-class Run:
-    """One run of the command line."""
-
-    def __init__(self, warm: Warm, pid: int, out: Path) -> None:
-        self._warm, self.pid, self._out = warm, pid, out
-
-    def wait(self) -> int:
-        """Exit status, negative for a signal."""
-        return self._warm.ask({"wait": self.pid})["status"]
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        os.kill(self.pid, number)
-
-    @property
-    def running(self) -> bool:
-        with open(f"/proc/{self.pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-
-    @property
-    def stdout(self) -> str:
-        return Path(f"{self._out}.out").read_text()
-
-    @property
-    def stderr(self) -> str:
-        return Path(f"{self._out}.err").read_text()
-
-    @property
-    def operations(self) -> str:
-        """What the run has done to files, a letter each."""
-        return Path(f"{self._out}.ops").read_text()
-
-
-class Warm:
-    """The warm process that runs are forked from; see warm.py."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._count = folder, 0
-        script = Path(__file__).with_name("warm.py")
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=ENVIRONMENT,
-            text=True,
-            bufsize=1,
-        )
-        assert self._answer() == {"ready": True}
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
-
-    def start(self, *argv: object, **request: Any) -> Run:
-        self._count += 1
-        out = self._folder / f"run-{self._count}"
-        answer = self.ask({"argv": list(map(str, argv)), "out": str(out), **request})
-        assert answer["pid"] > 0
-        return Run(self, answer["pid"], out)
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -117,57 +75,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Reference:
-    """An undisturbed dump, and how long its parts took."""
-
-    def __init__(self, warm: Warm, text: Path, path: Path) -> None:
-        began = time.perf_counter()
-        run = warm.start("dump", "demo", text, path, *JOB)
-        while not records(path) and run.running:
-            time.sleep(0.002)
-        self.planning = time.perf_counter() - began
-        while records(path) < BLOCKS and run.running:
-            time.sleep(0.002)
-        self.filling = time.perf_counter() - began - self.planning
-        assert run.wait() == 0, run.stderr
-        self.sealing = time.perf_counter() - began - self.planning - self.filling
-        self.tree = tree_digests(path)
-        self.operations = run.operations
-        assert records(path) == BLOCKS
-
-
 @pytest.fixture(scope="module")
 def reference(warm: Warm, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    folder = tmp_path_factory.mktemp("reference")
-    # The first run on a machine compiles kernels; the times of the second are those of all others.
-    assert warm.start("dump", "demo", text, folder / "first.zarr", *JOB).wait() == 0
-    return Reference(warm, text, folder / "book.zarr")
-
-
-def records(path: Path) -> int:
-    """Blocks that are committed."""
-    return len(list(path.glob("journal/p0.b*.json")))
-
-
-def phase(path: Path) -> str:
-    """Where a dump has got to."""
-    if (path / "zarr.json").exists():
-        return "sealed"
-    done = records(path)
-    return "plan" if not done else ("fill" if done < BLOCKS else "seal")
-
-
-def finish(warm: Warm, text: Path, path: Path, *options: object) -> Run:
-    run = warm.start("dump", "demo", text, path, *JOB, *options)
-    assert run.wait() == 0, run.stderr
-    assert "Traceback" not in run.stderr
-    return run
-
-
-def wait_for(path: Path, blocks: int, run: Run) -> None:
-    """Return when so many blocks are committed (or the run is over)."""
-    while records(path) < blocks and run.running:
-        time.sleep(0.001)
+    return Reference(warm, text, tmp_path_factory.mktemp("reference") / "book.zarr")
 
 
 def test_the_reference_is_a_whole_store(reference: Reference) -> None:
@@ -180,98 +90,67 @@ def test_the_reference_is_a_whole_store(reference: Reference) -> None:
 # -- killed ---------------------------------------------------------------------------------------
 
 
-def kill_at_a_random_moment(
-    run: Run, path: Path, reference: Reference, where: str, rng: random.Random
-) -> None:
-    if where == "plan":
-        time.sleep(rng.uniform(0, reference.planning))
-    elif where == "fill":
-        wait_for(path, rng.randrange(1, BLOCKS), run)
-        time.sleep(rng.uniform(0, 0.02))
-    else:
-        wait_for(path, BLOCKS, run)
-        time.sleep(rng.uniform(0, reference.sealing))
-    run.kill()
+PHASES = ("plan", "fill", "seal")
 
 
 def killed_and_rerun(
-    warm: Warm, text: Path, reference: Reference, folder: Path, kills: int, seed: int
+    warm: Warm, text: Path, reference: Reference, folder: Path, each: int, seed: int
 ) -> Counter[str]:
-    """Kill dumps of one store again and again, then let it finish; count where they were."""
+    """Kill dumps until so many died in each phase, and let each store finish; count them."""
     rng = random.Random(seed)
     hit: Counter[str] = Counter()
-    order = ["plan", "fill", "fill", "seal"]
-    for chain in range(-(-kills // len(order))):
-        path = folder / f"{seed}-{chain}.zarr"
-        for where in order[: kills - sum(hit.values())]:
-            run = warm.start("dump", "demo", text, path, *JOB)
-            kill_at_a_random_moment(run, path, reference, where, rng)
-            status = run.wait()
-            assert status in (-signal.SIGKILL, 0), run.stderr
-            hit["sealed" if status == 0 else phase(path)] += 1
-        finish(warm, text, path)
+    while min(hit[where] for where in PHASES) < each:
+        assert hit.total() < 9 * each, f"the phases are hard to hit: {hit}"
+        path = folder / f"{seed}-{hit.total()}.zarr"
+        for where in PHASES:  # the same store again and again
+            if not (path / "zarr.json").exists():
+                hit[kill_in(where, warm, text, path, reference, rng)] += 1
+        warm.finish(text, path)
         assert_same_tree(path, reference.tree)
         shutil.rmtree(path)
     return hit
 
 
-def test_killed_at_20_random_moments(
+def test_killed_at_30_random_moments(
     warm: Warm, text: Path, reference: Reference, tmp_path: Path
 ) -> None:
-    hit = killed_and_rerun(warm, text, reference, tmp_path, kills=20, seed=11)
-    assert sum(hit.values()) == 20
-    assert hit["plan"] >= 1 and hit["fill"] >= 5, hit
+    hit = killed_and_rerun(warm, text, reference, tmp_path, each=10, seed=11)
+    assert sum(hit[where] for where in PHASES) >= 30, hit
 
 
 @pytest.mark.slow
 def test_killed_at_100_random_moments(
     warm: Warm, text: Path, reference: Reference, tmp_path: Path
 ) -> None:
-    hit = killed_and_rerun(warm, text, reference, tmp_path, kills=100, seed=12)
-    assert min(hit["plan"], hit["fill"], hit["seal"]) >= 5, hit
-
-
-def operations_to_die_at(reference: Reference, plan: int, fill: int, seal: int) -> list[int]:
-    """Moments before or after single writes, syncs and renames, some of each phase."""
-    total = len(reference.operations)
-    first, last = reference.operations.index("S"), reference.operations.rindex("R")
-    rng = random.Random(3)
-    return [
-        *(rng.randrange(0, 2 * first) for _ in range(plan)),
-        *(rng.randrange(2 * first, 2 * last) for _ in range(fill)),
-        *(rng.randrange(2 * last, 2 * total) for _ in range(seal)),
-    ]
+    hit = killed_and_rerun(warm, text, reference, tmp_path, each=35, seed=12)
+    assert sum(hit[where] for where in PHASES) >= 100, hit
 
 
 def die_at_operations(
-    warm: Warm, text: Path, reference: Reference, folder: Path, moments: list[int]
-) -> Counter[str]:
-    hit: Counter[str] = Counter()
-    for moment in moments:
-        path = folder / f"{moment}.zarr"
-        status = warm.start("dump", "demo", text, path, *JOB, die_at=moment).wait()
-        hit[phase(path)] += 1
-        assert status == -signal.SIGKILL, moment
-        finish(warm, text, path)
-        assert_same_tree(path, reference.tree)
-        shutil.rmtree(path)
-    return hit
+    warm: Warm, text: Path, reference: Reference, folder: Path, each: dict[str, int]
+) -> None:
+    rng = random.Random(3)
+    for where, times in each.items():
+        for i in range(times):
+            path = folder / f"{where}-{i}.zarr"
+            moment = operation_of(where, reference, rng)
+            assert warm.dump(text, path, die_at=moment).wait() == -signal.SIGKILL, moment
+            warm.finish(text, path)
+            assert_same_tree(path, reference.tree)
+            shutil.rmtree(path)
 
 
 def test_killed_between_single_operations(
     warm: Warm, text: Path, reference: Reference, tmp_path: Path
 ) -> None:
-    moments = operations_to_die_at(reference, plan=1, fill=1, seal=2)
-    hit = die_at_operations(warm, text, reference, tmp_path, moments)
-    assert hit["seal"] + hit["sealed"] >= 1, hit
+    die_at_operations(warm, text, reference, tmp_path, {"plan": 1, "fill": 1, "seal": 2})
 
 
 @pytest.mark.slow
 def test_killed_between_many_operations(
     warm: Warm, text: Path, reference: Reference, tmp_path: Path
 ) -> None:
-    moments = operations_to_die_at(reference, plan=10, fill=15, seal=35)
-    die_at_operations(warm, text, reference, tmp_path, moments)
+    die_at_operations(warm, text, reference, tmp_path, {"plan": 10, "fill": 15, "seal": 35})
 
 
 # -- stopped --------------------------------------------------------------------------------------
@@ -283,7 +162,7 @@ def test_stopped_says_how_to_go_on(
 ) -> None:
     path = tmp_path / "book.zarr"
     for wanted in (0, 8, BLOCKS):
-        run = warm.start("dump", "demo", text, path, *JOB)
+        run = warm.dump(text, path)
         if wanted == 0:
             time.sleep(reference.planning / 4)  # the model is being loaded
         wait_for(path, wanted, run)
@@ -302,7 +181,7 @@ def test_stopped_says_how_to_go_on(
             assert "Run the same command again to go on" in run.stderr
         leftovers = [p.name for p in path.rglob("*.partial")]
         assert not leftovers
-    finish(warm, text, path)
+    warm.finish(text, path)
     assert_same_tree(path, reference.tree)
 
 
@@ -310,7 +189,7 @@ def test_resuming_redoes_only_what_is_missing(
     warm: Warm, text: Path, reference: Reference, tmp_path: Path
 ) -> None:
     path = tmp_path / "book.zarr"
-    run = warm.start("dump", "demo", text, path, *JOB)
+    run = warm.dump(text, path)
     wait_for(path, 12, run)
     run.kill()
     run.wait()
@@ -322,11 +201,11 @@ def test_resuming_redoes_only_what_is_missing(
         for shard in record.shards
     }
     assert len(kept) >= 12 * LAYERS * 2
-    done = json.loads(finish(warm, text, path, "--json").stdout)
+    done = json.loads(warm.finish(text, path, "--json").stdout)
     assert {p: p.stat().st_mtime_ns for p in kept} == {p: before[p] for p in kept}
     whole = sum(p.stat().st_size for p in path.rglob("c.*"))
     assert done["sealed"] and done["nbytes_written"] < 0.6 * whole
-    again = finish(warm, text, path, "--json")
+    again = warm.finish(text, path, "--json")
     assert json.loads(again.stdout)["nbytes_written"] == 0
     assert "is complete and every byte of it is right: nothing to do" in again.stderr
     assert_same_tree(path, reference.tree)
@@ -336,7 +215,7 @@ def test_the_journal_is_trusted_and_not_the_files(
     warm: Warm, text: Path, reference: Reference, tmp_path: Path
 ) -> None:
     path = tmp_path / "book.zarr"
-    run = warm.start("dump", "demo", text, path, *JOB)
+    run = warm.dump(text, path)
     wait_for(path, 8, run)
     run.kill()
     run.wait()
@@ -354,7 +233,7 @@ def test_the_journal_is_trusted_and_not_the_files(
     (path / f"journal/p0.b{c:08}.json").write_bytes(b'{"block":')
     record = path / f"journal/p0.b{d:08}.json"
     record.write_bytes(record.read_bytes().replace(b'"pass":0', b'"pass":1'))
-    finish(warm, text, path)
+    warm.finish(text, path)
     assert_same_tree(path, reference.tree)
 
 
@@ -362,34 +241,20 @@ def test_the_journal_is_trusted_and_not_the_files(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 16 MiB."""
-    where = tmp_path / "disk"
-    where.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "actstore-test", str(where)]
     try:
-        made = subprocess.run(mount, capture_output=True, text=True)
+        with small_disk(tmp_path / "disk", "16m") as where:
+            yield where
     except OSError as error:
         pytest.skip(f"a small file system cannot be mounted here: {error}")
-    if made.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {made.stderr.strip()}")
-    yield where
-    subprocess.run(["umount", str(where)], check=True)
-
-
-def resize(where: Path, size: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={size}", str(where)], check=True)
-
-
-def needed_bytes() -> int:
-    return TOKENS * LAYERS * WIDTH * 4
 
 
 def test_disk_too_small_is_said_beforehand(
-    warm: Warm, text: Path, reference: Reference, small_disk: Path
+    warm: Warm, text: Path, reference: Reference, disk: Path
 ) -> None:
-    path = small_disk / "book.zarr"
-    run = warm.start("dump", "demo", text, path, *JOB)
+    path = disk / "book.zarr"
+    run = warm.dump(text, path)
     assert run.wait() == 1
     assert "the dump needs 0.04 GB more and 0.02 GB are free" in run.stderr
     assert "Traceback" not in run.stderr
@@ -398,11 +263,11 @@ def test_disk_too_small_is_said_beforehand(
 
 @pytest.mark.parametrize("blocks", [0, 10, BLOCKS - 1])
 def test_disk_that_fills_up(
-    blocks: int, warm: Warm, text: Path, reference: Reference, small_disk: Path
+    blocks: int, warm: Warm, text: Path, reference: Reference, disk: Path
 ) -> None:
-    resize(small_disk, "100m")
-    path, ballast = small_disk / "book.zarr", small_disk / "ballast"
-    run = warm.start("dump", "demo", text, path, *JOB)
+    resize(disk, "100m")
+    path, ballast = disk / "book.zarr", disk / "ballast"
+    run = warm.dump(text, path)
     while not (path / "journal").exists():
         time.sleep(0.001)
     wait_for(path, blocks, run)
@@ -414,41 +279,169 @@ def test_disk_that_fills_up(
     assert blocks <= records(path) < BLOCKS or blocks == BLOCKS - 1
     done = records(path)
     # Nothing is lost, neither by making room here ...
-    copied = small_disk.parent / "elsewhere.zarr"
+    copied = disk.parent / "elsewhere.zarr"
     shutil.copytree(path, copied)
     ballast.unlink()
-    resize(small_disk, "200m")
-    finish(warm, text, path)
+    resize(disk, "200m")
+    warm.finish(text, path)
     assert_same_tree(path, reference.tree)
     # ... nor by going elsewhere.
     assert records(copied) == done
-    finish(warm, text, copied)
+    warm.finish(text, copied)
     assert_same_tree(copied, reference.tree)
 
 
-def fill_up(ballast: Path) -> None:
-    with ballast.open("wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12):
-            try:
-                while True:
-                    file.write(bytes(size))
-            except OSError:
-                pass
-
-
 def test_disk_that_is_a_little_too_small(
-    warm: Warm, text: Path, reference: Reference, small_disk: Path
+    warm: Warm, text: Path, reference: Reference, disk: Path
 ) -> None:
     # Room for the values, and not for all that is beside them.
-    resize(small_disk, str(needed_bytes() + 200_000))
-    path = small_disk / "book.zarr"
-    run = warm.start("dump", "demo", text, path, *JOB)
+    resize(disk, str(needed_bytes() + 200_000))
+    path = disk / "book.zarr"
+    run = warm.dump(text, path)
     assert run.wait() == 1
     assert "No space left on device" in run.stderr and "Traceback" not in run.stderr
     assert phase(path) == "fill"
-    resize(small_disk, "100m")
-    finish(warm, text, path)
+    resize(disk, "100m")
+    warm.finish(text, path)
     assert_same_tree(path, reference.tree)
+
+
+# -- a folder that cannot be written into ---------------------------------------------------------
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A folder in memory."""
+    with scratch() as made:
+        yield Path(made)
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that others can read, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="actstore-faults-") as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run as somebody else")
+def test_a_read_only_folder(warm: Warm, text: Path, reference: Reference, public: Path) -> None:
+    text = Path(shutil.copy(text, public))
+    run = warm.dump(text, public / "new.zarr", user=NOBODY)
+    assert run.wait() == 1
+    assert f"cannot write to {public}/new.zarr: Permission denied" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (public / "new.zarr").exists()
+    # A whole store is read all the same.
+    path = public / "whole.zarr"
+    shutil.copytree(reference.path, path)
+    set_writable(path, False)
+    run = warm.dump(text, path, user=NOBODY)
+    assert run.wait() == 0, run.stderr
+    assert "every byte of it is right: nothing to do" in run.stderr
+    answers = warm.start("ask", path, user=NOBODY)
+    assert answers.wait() == 0, answers.stderr
+    found, right = json.loads(answers.stdout), questions.expected(reference.path)
+    assert found["verify"] == {}
+    for name, answer in found["answers"].items():
+        assert questions.is_right(answer, right[name]), name
+
+
+# -- clocks ---------------------------------------------------------------------------------------
+
+
+def test_the_server_does_not_go_by_the_clock(memory: Path) -> None:
+    """A store is written anew, and its files' times are put back to what they were."""
+    path, other = memory / "run.zarr", memory / "other.zarr"
+    plan, _ = write_small(path)
+    write_store(other, plan, random_values(plan, seed=1), vocabulary=VOCABULARY)
+
+    def mean(http: Any, name: str) -> Any:
+        asked = f"/api/stores/{name}/moments?stages=mlp_post&layers=1&per=layer"
+        return finished(http, asked).json()["variables"]["mean"]["data"]
+
+    with client(path) as http:
+        before = mean(http, "run")
+        for key, data in tree_bytes(other).items():
+            status = (path / key).stat()
+            (path / key).write_bytes(data)
+            os.utime(path / key, ns=(status.st_atime_ns, status.st_mtime_ns))
+        after = mean(http, "run")
+    with client(other) as http:
+        assert after == mean(http, "other") != before
+
+
+# -- what no digest covers -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["journal/plan.json", "zarr.json"])
+def test_a_damaged_plan_or_root_is_written_anew(key: str, memory: Path) -> None:
+    path = memory / "run.zarr"
+    plan, values = write_small(path)
+    whole = tree_digests(path)
+    sound = (path / key).read_bytes()
+    at = sound.index(b'"sketch"')
+    for damage in (None, sound[: len(sound) // 2], sound[:at] + b'"skexch"' + sound[at + 8 :]):
+        (path / key).unlink() if damage is None else (path / key).write_bytes(damage)
+        assert write_store(path, plan, values, vocabulary=VOCABULARY).sealed
+        assert_same_tree(path, whole)
+
+
+def test_the_plan_of_another_dump_is_not_overwritten(memory: Path) -> None:
+    path = memory / "run.zarr"
+    write_small(path)
+    (path / "journal/plan.json").unlink()
+    whole = tree_digests(path)
+    other = plan_of(small_corpus(), STAGES[:1], 64)
+    with pytest.raises(PlanError, match="choose another output"):
+        write_store(path, other, random_values(other))
+    assert_same_tree(path, whole)
+
+
+# -- all of it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_table_of_faults(public: Path) -> None:
+    """Nothing lost, nothing wrong; the table in SCALING.md is the same at length."""
+    rows = fault_table.run_all(public, seed=1, share=0.1)
+    for row in rows:
+        assert row.times, row.fault
+        assert row.is_well, (row.fault, row.details)
+        assert row.right + row.refused or row.blind, row.fault
+    swapped = next(row for row in rows if row.blind)
+    assert swapped.said and not swapped.missed
+
+
+def test_an_answer_that_is_not_numpys_is_wrong(reference: Reference) -> None:
+    right = questions.expected(reference.path)
+    for name, answer in right.items():
+        same = json.loads(json.dumps({k: np.asarray(v).tolist() for k, v in answer.items()}))
+        assert questions.is_right(same, answer), name
+        key = next(iter(answer))
+        changed = np.array(answer[key], dtype=object).ravel()
+        changed[-1] = changed[-1] + ("x" if name == "texts" else 1)
+        odd = {**same, key: changed.reshape(np.shape(answer[key])).tolist()}
+        assert not questions.is_right(odd, answer), name
+
+
+def test_the_table_is_put_into_a_page(tmp_path: Path) -> None:
+    row = fault_table.Row("a fault", times=3, files=20, lost=1, right=5, refused=2, wrong=1)
+    row.say("block 7 of 20 in run.zarr: missing")
+    assert not row.is_well
+    made = fault_table.table([row])
+    assert made.splitlines()[-1] == (
+        "| a fault | 3 | 1 of 20 files | 1 of 8 (2 refused) "
+        "| `block 7 of 20 in run.zarr: missing` |"
+    )
+    page = tmp_path / "PAGE.md"
+    page.write_text("# A page\n\nAbove.\n")
+    fault_table.write_into(page, made)
+    once = page.read_text()
+    assert once.startswith("# A page\n\nAbove.\n\n## Through faults\n") and made in once
+    page.write_text(f"{once}\nBelow.\n")
+    fault_table.write_into(page, "another")
+    assert page.read_text() == f"{once}\nBelow.\n".replace(made, "another")
 
 
 # -- several processes ----------------------------------------------------------------------------
@@ -460,17 +453,9 @@ def test_two_ranks_at_the_same_time(
     for attempt in range(2):
         path = tmp_path / f"{attempt}.zarr"
         if attempt == 0:
-            runs = [
-                warm.start("dump", "demo", text, path, *JOB, "--rank", r, "--world-size", 2)
-                for r in (0, 1)
-            ]
+            runs = [warm.dump(text, path, "--rank", r, "--world-size", 2) for r in (0, 1)]
         else:  # as torchrun says it
-            runs = [
-                warm.start(
-                    "dump", "demo", text, path, *JOB, env={"RANK": str(r), "WORLD_SIZE": "2"}
-                )
-                for r in (1, 0)
-            ]
+            runs = [warm.dump(text, path, env={"RANK": str(r), "WORLD_SIZE": "2"}) for r in (1, 0)]
         for run in runs:
             assert run.wait() == 0, run.stderr
             assert "Traceback" not in run.stderr
@@ -482,14 +467,14 @@ def test_one_rank_after_another_and_one_killed(
     warm: Warm, text: Path, reference: Reference, tmp_path: Path
 ) -> None:
     path = tmp_path / "book.zarr"
-    run = finish(warm, text, path, "--rank", 1, "--world-size", 2)
+    run = warm.finish(text, path, "--rank", 1, "--world-size", 2)
     assert "this rank's blocks are done; the last rank to finish seals the store" in run.stderr
     assert records(path) == BLOCKS // 2
-    run = warm.start("dump", "demo", text, path, *JOB, env={"RANK": "0", "WORLD_SIZE": "2"})
+    run = warm.dump(text, path, env={"RANK": "0", "WORLD_SIZE": "2"})
     wait_for(path, BLOCKS // 2 + 3, run)
     run.kill()
     run.wait()
-    run = finish(warm, text, path, "--rank", 0, "--world-size", 2)
+    run = warm.finish(text, path, "--rank", 0, "--world-size", 2)
     assert_same_tree(path, reference.tree)
 
 
@@ -498,10 +483,10 @@ def test_a_rank_killed_while_it_seals_leaves_nothing(
     share: float, warm: Warm, text: Path, reference: Reference, tmp_path: Path
 ) -> None:
     path = tmp_path / "book.zarr"
-    finish(warm, text, path, "--rank", 0, "--world-size", 2)
+    warm.finish(text, path, "--rank", 0, "--world-size", 2)
     copy = tmp_path / "copy.zarr"
     shutil.copytree(path, copy)
-    operations = finish(warm, text, copy, "--rank", 1, "--world-size", 2).operations
+    operations = warm.finish(text, copy, "--rank", 1, "--world-size", 2).operations
     assert_same_tree(copy, reference.tree)
     start = operations.rindex("R") + 2
     moment = 2 * int(start + share * (len(operations) - start))
@@ -509,14 +494,14 @@ def test_a_rank_killed_while_it_seals_leaves_nothing(
     options = ["--rank", 1, "--world-size", 2]
     for later in range(0, 40, 2):  # stages are merged at the same time: not the same every run
         shutil.rmtree(path)
-        finish(warm, text, path, "--rank", 0, "--world-size", 2)
-        run = warm.start("dump", "demo", text, path, *JOB, *options, die_at=moment + later)
+        warm.finish(text, path, "--rank", 0, "--world-size", 2)
+        run = warm.dump(text, path, *options, die_at=moment + later)
         assert run.wait() == -signal.SIGKILL
         assert phase(path) == "seal"
         if list(path.rglob("*.1.partial")):
             break
     assert list(path.rglob("*.1.partial"))
-    finish(warm, text, path)
+    warm.finish(text, path)
     assert_same_tree(path, reference.tree)
 
 
@@ -524,11 +509,11 @@ def test_a_second_dump_to_the_same_place_is_refused(
     warm: Warm, text: Path, reference: Reference, tmp_path: Path
 ) -> None:
     path = tmp_path / "book.zarr"
-    first = warm.start("dump", "demo", text, path, *JOB)
+    first = warm.dump(text, path)
     wait_for(path, 1, first)
     first.kill(signal.SIGSTOP)  # so that it is surely still there
     for rank in ([], ["--rank", 0, "--world-size", 2]):
-        second = warm.start("dump", "demo", text, path, *JOB, *rank)
+        second = warm.dump(text, path, *rank)
         assert second.wait() == 1
         assert f"{path} is being written by another process" in second.stderr
         assert "Traceback" not in second.stderr
@@ -547,8 +532,8 @@ def test_the_same_rank_twice_is_refused(
     first.kill(signal.SIGSTOP)
     for second in (
         warm.start("dump", "demo", text, path, *options, 0),
-        warm.start("dump", "demo", text, path, *JOB),
-        warm.start("dump", "demo", text, path, *JOB, "--rank", 0, "--world-size", 3),
+        warm.dump(text, path),
+        warm.dump(text, path, "--rank", 0, "--world-size", 3),
     ):
         assert second.wait() == 1, second.stderr
         assert "is being written by another process" in second.stderr

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import actstore_cli
-import boto3
 import numpy as np
 import pytest
 from helpers import (
@@ -31,6 +26,7 @@ from helpers import (
     tree_bytes,
     write_store,
 )
+from s3_faults import Faults, free_port, objects, s3, s3_server
 
 import actstore
 from actstore import remote
@@ -46,113 +42,19 @@ from actstore.errors import (
 from actstore.plan import Plan, StageSpec
 from actstore.remote import RemoteStorage, object_store
 
-PORT_SECONDS = 60
 QUICK = {"max_retries": 8, "backoff": {"init_backoff": timedelta(milliseconds=5), "base": 2}}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def wait_for(port: int) -> None:
-    until = time.monotonic() + PORT_SECONDS
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            assert time.monotonic() < until, "the server does not answer"
-            time.sleep(0.05)
-
-
-class Faults(BaseHTTPRequestHandler):
-    """Hands requests on to the real server, but for those that it answers badly."""
-
-    protocol_version = "HTTP/1.1"
-    target = 0
-    kind = "none"
-    every = 4
-    seen = 0
-    injected: Counter[str]
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def handle_one(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        cls = type(self)
-        cls.seen += 1
-        if cls.kind != "none" and cls.seen % cls.every == 0:
-            cls.injected[cls.kind] += 1
-            if cls.kind == "500":
-                self.send_response(500)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            if cls.kind == "dropped":
-                self.connection.shutdown(socket.SHUT_RDWR)
-                self.close_connection = True
-                return
-            time.sleep(0.2)
-        onward = http.client.HTTPConnection("127.0.0.1", cls.target, timeout=60)
-        try:
-            onward.request(self.command, self.path, body, dict(self.headers))
-            answer = onward.getresponse()
-            data = answer.read()
-        finally:
-            onward.close()
-        self.send_response(answer.status)
-        for name, value in answer.getheaders():
-            if name.lower() not in ("transfer-encoding", "connection", "content-length"):
-                self.send_header(name, value)
-        size = answer.getheader("Content-Length") if self.command == "HEAD" else len(data)
-        self.send_header("Content-Length", str(size or 0))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_one  # noqa: N815
 
 
 @pytest.fixture(scope="module")
 def faults() -> Iterator[type[Faults]]:
     """A server of S3, and before it a proxy that can be told to fail."""
-    port, front = free_port(), free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    server = subprocess.Popen(command, **quiet)
-    Faults.target, Faults.injected = port, Counter()
-    proxy = ThreadingHTTPServer(("127.0.0.1", front), Faults)
-    thread = threading.Thread(target=proxy.serve_forever, daemon=True)
-    settings = {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{front}",
-    }
     patient, remote._RETRIES = remote._RETRIES, QUICK
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
     try:
-        wait_for(port)
-        thread.start()
-        s3().create_bucket(Bucket="runs")
-        yield Faults
+        with s3_server() as made:
+            yield made
     finally:
-        proxy.shutdown()
-        proxy.server_close()
-        server.kill()
-        server.wait()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
         object_store.cache_clear()
         remote._RETRIES = patient
-
-
-def s3() -> Any:
-    return boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
 
 
 @pytest.fixture
@@ -161,17 +63,6 @@ def bucket(faults: type[Faults]) -> Iterator[str]:
     faults.kind = "none"
     yield f"s3://runs/{uuid4().hex}"
     faults.kind = "none"
-
-
-def objects(url: str) -> dict[str, bytes]:
-    """Every object under a URL by its key."""
-    name, _, prefix = url.removeprefix("s3://").partition("/")
-    found = {}
-    for page in s3().get_paginator("list_objects_v2").paginate(Bucket=name, Prefix=prefix + "/"):
-        for entry in page.get("Contents", ()):
-            data = s3().get_object(Bucket=name, Key=entry["Key"])["Body"].read()
-            found[entry["Key"].removeprefix(prefix + "/")] = data
-    return found
 
 
 @pytest.fixture(scope="module")

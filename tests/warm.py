@@ -3,10 +3,11 @@
 Started by tests as a process of its own; imports take seconds, a fork none. Reads one JSON
 request a line and answers with one:
 
-    {"argv": [...], "out": FILE, "env": {...}, "die_at": N}  ->  {"pid": ...}
-    {"wait": PID}                                            ->  {"status": ...}
+    {"argv": [...], "out": FILE, "env": {...}, "die_at": N, "user": UID}  ->  {"pid": ...}
+    {"wait": PID}                                                         ->  {"status": ...}
 
 `die_at` kills the run itself at its Nth write, sync or rename, before it (even N) or after (odd).
+`user` is who it runs as. The command "ask" puts the questions of questions.py to a store.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
@@ -27,6 +29,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     import actstore_cli
+    import questions
 
     import actstore.store
     import actstore.writer  # noqa: F401
@@ -43,6 +46,8 @@ def main() -> None:
             continue
         pid = os.fork()
         if pid == 0:
+            if request["argv"][0] == "ask":
+                _child(request, partial(questions.print_answers, request["argv"][1]))
             _child(request, actstore_cli.main)
         print(json.dumps({"pid": pid}), flush=True)
 
@@ -60,7 +65,10 @@ def _child(request: dict[str, Any], command: Callable[[], Any]) -> None:
         os.environ.update(request.get("env", {}))
         sys.argv = ["actstore", *request["argv"]]
         _count_operations(request.get("die_at"), request["out"] + ".ops")
+        if "user" in request:
+            os.setuid(request["user"])
         command()
+        code = 0
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..aliases import only_stage
 from ..errors import UnknownNameError, UsageError
 from ..schema import Categorical
 from ..select import parse
@@ -193,8 +194,7 @@ class Browser:
         """A neuron's value at each of a sequence's input tokens; None where one was not kept."""
         start, length = self._extent(number)
         rows = slice(start + min(offset, length), start + min(offset + limit, length))
-        if stage not in self.store.stages:
-            raise UnknownNameError("stage", stage, self.store.stages)
+        stage = only_stage(stage, self.store.stages)
         array = self.store.array(stage)
         layers = self.store.attrs["capture"]["stages"][stage]["layers"]
         if layer not in layers:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..errors import NotAStoreError, StoreError
-from ..places import absolute, is_url, last_name
+from ..places import absolute, is_url, is_zip, last_name
 from ..store import Store, open_store
 from .browse import Browser
 from .failures import ServiceError
@@ -42,7 +42,7 @@ class Served:
     name: str
     store: Store
     browser: Browser
-    stamp: tuple[int, int]
+    stamp: tuple[int, ...]
 
 
 class Shelf:
@@ -150,11 +150,11 @@ def _stores_in(path: str) -> list[str] | None:
 def _below(folder: str, depth: int) -> Iterator[str]:
     """Stores some folders down; what lies in a store is not looked at, there may be very much."""
     with os.scandir(folder) as entries:
-        folders = sorted(e.path for e in entries if e.is_dir() and not e.name.startswith("."))
-    for path in folders:
-        if _is_store(path):
+        seen = sorted((e.path, e.is_dir()) for e in entries if not e.name.startswith("."))
+    for path, is_folder in seen:
+        if path.endswith(".zarr.zip") if not is_folder else _is_store(path):
             yield path
-        elif depth > 1:
+        elif is_folder and depth > 1:
             yield from _below(path, depth - 1)
 
 
@@ -164,14 +164,15 @@ def _is_store(path: str) -> bool:
 
 
 def _free_name(place: str, taken: Iterable[str]) -> str:
-    stem = last_name(place).removesuffix(".zarr")
+    stem = last_name(place).removesuffix(".zip").removesuffix(".zarr")
     names = [stem, *(f"{stem}-{i}" for i in range(2, len(list(taken)) + 3))]
     return next(name for name in names if name not in taken)
 
 
-def _stamp(place: str) -> tuple[int, int]:
+def _stamp(place: str) -> tuple[int, ...]:
+    """What differs when a store was written anew, even if its times were put back."""
     try:
-        status = os.stat(os.path.join(place, "zarr.json"))
+        status = os.stat(place if is_zip(place) else os.path.join(place, "zarr.json"))
     except OSError:
-        return (0, 0)
-    return status.st_mtime_ns, status.st_ino
+        return ()
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino
