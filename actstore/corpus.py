@@ -38,7 +38,7 @@ Column = np.ndarray | Categorical
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sequences of tokens with their labels; make one with `build`.
+    """Sequences of tokens with their labels; make one with `actstore.build_corpus`.
 
     Attributes
     ----------
@@ -61,6 +61,13 @@ class Corpus:
         Columns with a value per input token: ``offset`` (with windows), and the user's own.
     notes : dict
         What was left out and why, as JSON holds it.
+
+    Examples
+    --------
+    >>> from actstore import build_corpus
+    >>> corpus = build_corpus([[5, 6, 7], [8, 9]], skip_first=1)
+    >>> corpus.n_sequences, corpus.position.tolist(), corpus.keep.tolist()
+    (2, [0, 1, 2, 0, 1], [False, True, True, False, True])
     """
 
     token_ids: np.ndarray
@@ -81,10 +88,54 @@ class Corpus:
             f"{np.count_nonzero(self.keep):,} kept; labels: {labels}>"
         )
 
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int] | np.ndarray) -> Corpus:
+        """Sequences of which nothing is known but their lengths: enough to plan a dump.
+
+        Takes memory by the sequence and not by the token: that of 10 billion tokens can be planned.
+        Every token is kept, and has id 0.
+
+        Parameters
+        ----------
+        lengths : sequence of int
+            Tokens of each sequence, at least 1.
+
+        Returns
+        -------
+        Corpus
+
+        Examples
+        --------
+        >>> corpus = Corpus.of_lengths(np.full(2_441_407, 4096))
+        >>> f"{len(corpus.token_ids):,}"
+        '10,000,003,072'
+        """
+        sizes = np.asarray(lengths, dtype=np.int64)
+        if sizes.ndim != 1 or not sizes.size or sizes.min() < 1:
+            raise CorpusError("lengths are whole numbers of at least 1, one for each sequence")
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        total = int(starts[-1])
+        return _Lengths(
+            token_ids=np.broadcast_to(np.int32(0), total),
+            starts=starts,
+            special=np.broadcast_to(np.bool_(False), total),
+            keep=np.broadcast_to(np.bool_(True), total),
+            texts=None,
+            char_start=None,
+            char_end=None,
+            sequence_labels={},
+            token_labels={},
+        )
+
     @property
     def n_sequences(self) -> int:
         """Number of sequences."""
         return len(self.starts) - 1
+
+    @cached_property
+    def kept_lengths(self) -> np.ndarray:
+        """Tokens of each sequence that are captured (int64)."""
+        return np.add.reduceat(self.keep, self.starts[:-1], dtype=np.int64)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -135,7 +186,13 @@ class Corpus:
         return columns
 
     def digest(self) -> str:
-        """SHA-256 (hex) over everything that determines a dump: tokens, texts, labels, choice."""
+        """SHA-256 over everything that determines a dump: tokens, texts, labels, choice.
+
+        Returns
+        -------
+        str
+            In hexadecimal.
+        """
         state = hashlib.sha256()
 
         def add(name: str, data: bytes) -> None:
@@ -150,6 +207,17 @@ class Corpus:
                 add(f"{of} label", json.dumps(label).encode())
                 add("values", _bytes(column))
         return state.hexdigest()
+
+
+class _Lengths(Corpus):
+    """A corpus whose tokens are all the same, in constant memory."""
+
+    @cached_property
+    def kept_lengths(self) -> np.ndarray:
+        return self.lengths
+
+    def digest(self) -> str:
+        return hashlib.sha256(b"lengths " + _bytes(self.lengths)).hexdigest()
 
 
 def _bytes(column: Column | None) -> bytes:
@@ -241,7 +309,8 @@ def build(
 
     Examples
     --------
-    >>> corpus = build([{"input_ids": [5, 6, 7, 8], "play": "Hamlet"}, [9]], context=3)
+    >>> from actstore import build_corpus
+    >>> corpus = build_corpus([{"input_ids": [5, 6, 7, 8], "play": "Hamlet"}, [9]], context=3)
     >>> corpus.token_ids.tolist(), corpus.starts.tolist()
     ([5, 6, 7, 8, 9], [0, 3, 4, 5])
     >>> corpus.sequence_labels["play"].decode().tolist()

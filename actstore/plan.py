@@ -52,6 +52,11 @@ class StageSpec:
         Element type of the values that come: one of `DTYPES`.
     heads : int, optional
         Number of attention heads that the width is made of.
+
+    Examples
+    --------
+    >>> StageSpec("attn_z", layers=(0, 1), width=768, heads=12).source_dtype
+    'float32'
     """
 
     name: str
@@ -126,6 +131,14 @@ class Plan:
         How many of the model's own likeliest next tokens are kept of every token.
     outcomes : bool
         Whether loss, entropy and the true next token's rank are.
+
+    Examples
+    --------
+    >>> from actstore import build_corpus
+    >>> corpus = build_corpus([[1, 2, 3], [4, 5]])
+    >>> plan = Plan.build(corpus, [StageSpec("mlp_post", layers=(0, 1), width=32)])
+    >>> plan.n_tokens, plan.n_blocks, plan.shards, plan.nbytes
+    (5, 1, 2, 1280)
     """
 
     corpus: Corpus
@@ -191,6 +204,10 @@ class Plan:
         outcomes : bool
             Keep loss, entropy and the true next token's rank of every token.
 
+        Returns
+        -------
+        Plan
+
         Raises
         ------
         PlanError
@@ -217,7 +234,7 @@ class Plan:
             raise PlanError(f"passes is {passes}: it must be from 1 to {most}, the layers kept")
         buffer = parse_bytes(buffer)
         groups = tuple(_pass_layers(stages, passes, p) for p in range(passes))
-        tokens = int(np.count_nonzero(corpus.keep))
+        tokens = int(corpus.kept_lengths.sum())
         if tokens == 0:
             raise PlanError("no token is kept: loosen --keep, --skip-first or --skip-special")
 
@@ -277,22 +294,45 @@ class Plan:
     @cached_property
     def first_token(self) -> np.ndarray:
         """(sequence + 1,) first kept token of each sequence."""
-        return np.searchsorted(self.kept, self.corpus.starts)
+        return first_tokens(self.corpus)
 
     @property
     def n_tokens(self) -> int:
-        return len(self.kept)
+        """Tokens that are kept."""
+        return int(self.first_token[-1])
 
     @property
     def n_blocks(self) -> int:
+        """Blocks of `block_tokens` tokens, the last one perhaps short."""
         return -(-self.n_tokens // self.block_tokens)
 
     def block_rows(self, block: int) -> int:
-        """Tokens of a block; the last one may be short."""
+        """Tokens of a block; the last one may be short.
+
+        Parameters
+        ----------
+        block : int
+            Its number.
+
+        Returns
+        -------
+        int
+        """
         return min(self.block_tokens, self.n_tokens - block * self.block_tokens)
 
     def batch_blocks(self, batch: Batch) -> np.ndarray:
-        """Blocks that a batch has tokens in, ascending."""
+        """Blocks that a batch has tokens in.
+
+        Parameters
+        ----------
+        batch : Batch
+            One of `batches`.
+
+        Returns
+        -------
+        ndarray of int
+            Ascending.
+        """
         first = self.first_token[batch.sequences] // self.block_tokens
         last = (self.first_token[batch.sequences + 1] - 1) // self.block_tokens
         return np.unique(
@@ -301,6 +341,11 @@ class Plan:
 
     def batch_places(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Where the kept tokens of a batch are, and where they go.
+
+        Parameters
+        ----------
+        batch : Batch
+            One of `batches`.
 
         Returns
         -------
@@ -327,14 +372,26 @@ class Plan:
 
     @property
     def shards(self) -> int:
+        """Shards, each a file: one for each layer and block."""
         return self.n_blocks * sum(len(s.layers) for s in self.stages)
 
     def stage_nbytes(self, stage: StagePlan) -> int:
-        """Bytes of a stage on disk, before any compression."""
+        """Bytes of a stage on disk, before any compression.
+
+        Parameters
+        ----------
+        stage : StagePlan
+            One of `stages`.
+
+        Returns
+        -------
+        int
+        """
         return self.n_tokens * len(stage.layers) * stage.layout.width * _item(stage.layout)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of everything on disk, before any compression."""
         return sum(self.stage_nbytes(s) for s in self.stages) + self.tables_nbytes
 
     # -- predictions and outcomes --------------------------------------------------------------
@@ -399,6 +456,7 @@ class Plan:
 
     @property
     def config_hash(self) -> str:
+        """SHA-256 (hex) of `config`: runs with the same one write the same store."""
         return hashlib.sha256(canonical_json(self.config).encode()).hexdigest()
 
 
@@ -428,6 +486,11 @@ def parse_bytes(size: int | str) -> int:
     return parsed
 
 
+def first_tokens(corpus: Corpus) -> np.ndarray:
+    """(sequence + 1,) kept tokens before each sequence, and of all."""
+    return np.concatenate([[0], np.cumsum(corpus.kept_lengths)])
+
+
 def peak_buffer(
     corpus: Corpus, batches: Sequence[Batch], block: int, per_token: int, one_layer: int
 ) -> int:
@@ -437,13 +500,10 @@ def peak_buffer(
     forward pass the layer being computed holds all the blocks of the batch beside those that were
     open; the layers before it hold what is open after the batch, those behind it what was before.
     """
-    token = np.concatenate([[0], np.cumsum(corpus.keep)])
-    spans = []
-    for i, batch in enumerate(batches):
-        first = token[corpus.starts[batch.sequences]] // block
-        last = (token[corpus.starts[batch.sequences + 1]] - 1) // block
-        spans.append(np.stack([np.full_like(first, i), first, last]))
-    which, first, last = np.concatenate(spans, axis=1)
+    token = first_tokens(corpus)
+    sequences = np.concatenate([batch.sequences for batch in batches])
+    which = np.repeat(np.arange(len(batches)), [len(batch.sequences) for batch in batches])
+    first, last = token[sequences] // block, (token[sequences + 1] - 1) // block
     n_blocks = int(last.max()) + 1
     opened = np.full(n_blocks, len(batches))
     closed = np.zeros(n_blocks, dtype=np.int64)
@@ -482,7 +542,7 @@ def _fitting_batches(
 
 def _batches(corpus: Corpus, batch_tokens: int, window_tokens: int) -> Iterator[Batch]:
     """Group sequences in order, sorted by length within a window, so that few pads are computed."""
-    sequences = np.flatnonzero(np.logical_or.reduceat(corpus.keep, corpus.starts[:-1]))
+    sequences = np.flatnonzero(corpus.kept_lengths)
     lengths = np.diff(corpus.starts)[sequences]
     window = (np.cumsum(lengths) - lengths) // window_tokens
     for rows in np.split(np.arange(len(sequences)), np.flatnonzero(np.diff(window)) + 1):
