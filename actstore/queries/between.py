@@ -7,7 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from ..errors import UnknownNameError, UsageError
+from ..aliases import only_stage
+from ..errors import UsageError
 from ..stats.layers import LayerProducts
 from .engine import Output
 from .joint import Answers, Rows, View
@@ -116,7 +117,10 @@ def layer_covariance(
     selection = select(data, stages, layers, tokens, neurons, by, exclude_sinks)
     check("per", per, PER)
     every = sorted({n for own in selection.layers.values() for n in own})
-    other = None if stage_b is None else _other(selection, stage_b)
+    other = None
+    if stage_b is not None:
+        stage_b = only_stage(stage_b, selection.all_sources(), kind="value of stage_b")
+        other = _other(selection, stage_b)
     if other is None and len(every) < 2:
         raise UsageError(f"there is but layer {every[0]}: covariance between layers needs two")
     columns = every
@@ -145,10 +149,7 @@ def layer_covariance(
 
 
 def _other(selection: Selection, stage_b: str) -> Source:
-    known = selection.all_sources()
-    if stage_b not in known:
-        raise UnknownNameError("value of stage_b", stage_b, known)
-    other = known[stage_b]
+    other = selection.all_sources()[stage_b]
     for source in selection.sources:
         if source.width != other.width:
             raise UsageError(

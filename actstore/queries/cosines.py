@@ -12,16 +12,16 @@ import numpy as np
 import xarray as xr
 from dask.delayed import delayed
 
+from ..concatenation import open_any
 from ..errors import UsageError
 from ..stats.cosines import Blocks, cosines, normal_rows
 from ..stats.products import in_space
-from ..store import open_store
 from .dimensions import by_layer
 from .engine import Output
 from .joint import Answers, Rows, View
 from .registry import query
 from .result import Result
-from .rows import fractions_of
+from .rows import check_seed, fractions_of
 from .selection import Data, Names, Numbers, Tokens, select
 from .units import rows_of_groups, sampled
 
@@ -107,7 +107,7 @@ def _context(store: tuple[str, str], token: int) -> tuple[str, str]:
 @lru_cache(maxsize=4)
 def _opened(path: str, identity: str) -> Any:
     """By its identity, too: another store may lie at the path later."""
-    return open_store(path)
+    return open_any(path)
 
 
 class _UnitRows:
@@ -209,6 +209,7 @@ def cosine_pairs(
     ([[0, 0, 1, 2]], [[0.8]])
     """
     selection = select(data, stages, layers, tokens, neurons, by, exclude_sinks)
+    check_seed(seed)
     edges, fractions = bin_edges(bins, range), fractions_of("quantiles", quantiles)
     if n < 0 or n == 1:
         raise UsageError(f"n is {n}: give at least 2 tokens, or 0 for all")
@@ -314,6 +315,7 @@ def gaussian_baseline(
     ([20.0], ('dimension', 'bin'))
     """
     selection = select(data, stages, layers, tokens, neurons, by, exclude_sinks)
+    check_seed(seed)
     edges = bin_edges(bins, range)
     asked = [s.width for s in selection.sources] if dimensions is None else dimensions
     chosen = list(dict.fromkeys(np.atleast_1d(np.asarray(asked, np.float64)).tolist()))

@@ -14,6 +14,7 @@ from dask._task_spec import Task, TaskRef
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
+from ..aliases import only_stage
 from ..errors import UnknownNameError, UsageError
 from ..stats.products import in_space
 from .cosines import bin_edges
@@ -142,6 +143,9 @@ def cosine_matrix(
     check("reduce", reduce, (*REDUCE, None))
     check("compat", compat, COMPAT)
     second = None if data_b is None else select_second(data_b, selection, None, neurons)
+    if stage_b is not None:
+        known = (second or selection).all_sources()
+        stage_b = only_stage(stage_b, known, kind="value of stage_b")
     compared = _comparisons(selection, second, stage_b, metric, compat)
     parameters = {
         "stage_b": stage_b,

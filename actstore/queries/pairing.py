@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UnknownNameError, UsageError
+from ..schema import Categorical
 from .joint import View
 from .selection import Data, Names, Numbers, Selection, Source, select
 from .units import place_of, view_of
@@ -85,7 +86,24 @@ def select_second(data_b: Data, selection: Selection, stages: Names, neurons: Nu
                 f"data_b has other tokens than data: {name} differs from token {at} on. Only data "
                 "over the same tokens can be compared"
             )
+    _check_texts(selection, second)
     return second
+
+
+def _check_texts(selection: Selection, second: Selection) -> None:
+    """Refuse equal token ids of different tokenizers."""
+    try:
+        a, b = selection.column("token_text"), second.column("token_text")
+    except UnknownNameError:
+        return
+    if isinstance(a, Categorical) and isinstance(b, Categorical):
+        used = np.unique(a.codes)
+        differ = used[a.values[used] != b.values[used]]
+        if len(differ):
+            raise UsageError(
+                f"data_b has other tokens than data: the text of token {differ[0]} is "
+                f"{b.values[differ[0]]!r} there and {a.values[differ[0]]!r} here"
+            )
 
 
 def pair_up(selection: Selection, second: Selection | None, pairs: Pairs) -> Compared:

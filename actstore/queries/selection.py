@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ..aliases import only_stage, stages_of
+from ..concatenation import block_bounds, open_any, value_type
 from ..errors import UnknownNameError, UsageError
 from ..schema import DIMS, Categorical, pick
 from ..select import parse
-from ..sketched import Sketched
-from ..store import ShardedArray, Store, open_store
+from ..sketched import Sketches
+from ..store import Store
 from .shortcut import strata_of_groups
 
 __all__ = [
@@ -50,7 +52,6 @@ RESULT_NAMES = frozenset(
 """Names of the dimensions of results, and of what lies along them: no label to split by has one."""
 
 SINK_RATIO = 10
-_SLICE_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Source:
         Type of the values; "bfloat16" where they are such, though stored as float32.
     heads : ndarray of int or None
         Attention head of each neuron, where the stage is made of heads.
-    sketched : Sketched or None
+    sketched : Sketches or None
         The stage's sketches.
     """
 
@@ -83,7 +84,7 @@ class Source:
     token: str
     dtype: str
     heads: np.ndarray | None = None
-    sketched: Sketched | None = None
+    sketched: Sketches | None = None
 
     @property
     def width(self) -> int:
@@ -182,17 +183,19 @@ def select(
         A selection with no tokens, or data of the wrong kind.
     """
     if isinstance(data, (str, os.PathLike)):
-        data = open_store(data)
+        data = open_any(data)
     frame = _StoreFrame(data) if isinstance(data, Store) else _ArrayFrame(data)
     names = [s.strip() for s in stages.split(",")] if isinstance(stages, str) else stages
-    sources = tuple(_source(frame, name) for name in names or frame.stages)
+    named = stages_of(names or frame.stages, layers, frame.stages, frame.config)
+    sources = tuple(frame.source(name) for name in named)
     groups = _groups(frame, by)
     mask = _mask(frame, tokens)
     asked = frame.n_tokens if mask is None else int(np.count_nonzero(mask))
     if not asked:
         raise UsageError(f"no token satisfies {tokens!r}: loosen the selection")
     if exclude_sinks is not None:
-        normal = ~_sinks(_source(frame, exclude_sinks))
+        exclude_sinks = only_stage(exclude_sinks, frame.stages, frame.config)
+        normal = ~_sinks(frame.source(exclude_sinks))
         mask = normal if mask is None else mask & normal
     used = asked if mask is None else int(np.count_nonzero(mask))
     if not used:
@@ -209,7 +212,10 @@ def select(
     }
     return Selection(
         sources,
-        _layers(sources, layers),
+        {
+            **_layers(sources, layers),
+            **{s.stage: pick(own, s.layers, "layer") for s in sources if (own := named[s.stage])},
+        },
         {s.stage: np.array(pick(neurons, range(s.width), "neuron")) for s in sources},
         mask,
         groups,
@@ -220,12 +226,6 @@ def select(
         frame.path,
         lambda: {name: frame.source(name) for name in frame.stages},
     )
-
-
-def _source(frame: _StoreFrame | _ArrayFrame, stage: str) -> Source:
-    if stage not in frame.stages:
-        raise UnknownNameError("stage", stage, frame.stages)
-    return frame.source(stage)
 
 
 def _sinks(source: Source) -> np.ndarray:
@@ -306,6 +306,7 @@ class _StoreFrame:
         self._store = store
         self.path = str(store.path)
         self.stages = store.stages
+        self.config = store.attrs.get("model", {}).get("config")
         self.n_tokens = store.n_tokens
         self.attrs = {
             "store": store.name,
@@ -320,14 +321,11 @@ class _StoreFrame:
     def source(self, stage: str) -> Source:
         array = self._store.array(stage)
         layers = self._store.attrs["capture"]["stages"][stage]["layers"]
-        rows, dtype = _SLICE_TOKENS, str(array.dtype)
-        if isinstance(array, ShardedArray):
-            # Inner chunks, not whole shards: what stays in the cache is worked on twice as fast.
-            rows, dtype = array.layout.chunk_rows, array.layout.source_dtype
-        bounds = _bounds(self.n_tokens, rows)
+        # Inner chunks, not whole shards: what stays in the cache is worked on twice as fast.
+        bounds = block_bounds(array)
         heads = self._store.heads(stage)
         token, sketched = f"{self._store.id}/{stage}", self._store.sketched(stage)
-        return Source(stage, array, layers, bounds, token, dtype, heads, sketched)
+        return Source(stage, array, layers, bounds, token, value_type(array), heads, sketched)
 
     def strata(
         self, mask: np.ndarray | None, groups: Groups | None
@@ -357,6 +355,7 @@ class _ArrayFrame:
         self._array = array.transpose(*DIMS)
         self.n_tokens = self._array.sizes["token"]
         self.stages = [str(self._array.name or "activation")]
+        self.config = None
         self.attrs: dict[str, Any] = {}
         self.path = ""
 
@@ -377,11 +376,7 @@ class _ArrayFrame:
         array = self._array
         chunks = dict(zip(array.dims, array.chunks, strict=True)) if array.chunks else {}
         lengths = chunks.get("token")
-        bounds = (
-            np.concatenate([[0], np.cumsum(lengths)])
-            if lengths
-            else _bounds(self.n_tokens, _SLICE_TOKENS)
-        )
+        bounds = np.concatenate([[0], np.cumsum(lengths)]) if lengths else block_bounds(array)
         layers = (
             [int(n) for n in array.coords["layer"].values]
             if "layer" in array.coords
@@ -394,7 +389,3 @@ class _ArrayFrame:
 
     def strata(self, mask: np.ndarray | None, groups: Groups | None) -> None:
         """An array of the user's own has no sketches."""
-
-
-def _bounds(tokens: int, rows: int) -> np.ndarray:
-    return np.append(np.arange(0, tokens, rows), tokens)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..sketched import Sketched, union_of_strata
+from ..sketched import Sketches, union_of_strata
 from ..stats.streaming import Sketchable, State
 from ..store import Store
 
@@ -20,7 +20,7 @@ class SketchedLayer:
 
     Attributes
     ----------
-    sketched : Sketched
+    sketched : Sketches
     layer_index : int
     strata : tuple of int
     neurons : ndarray of int
@@ -28,7 +28,7 @@ class SketchedLayer:
         Of the values: "float32", "float16" or "bfloat16".
     """
 
-    sketched: Sketched
+    sketched: Sketches
     layer_index: int
     strata: tuple[int, ...]
     neurons: np.ndarray
