@@ -21,14 +21,18 @@ _HOME = {
     "Store": "store",
     "Writer": "writer",
     "build_corpus": "corpus",
+    "card": "travel.card",
     "cka": "queries",
     "compute": "queries.result",
+    "concat": "concatenation",
     "cosine_matrix": "queries",
     "cosine_pairs": "queries",
     "dimensionality": "queries",
     "dump": "fill",
+    "export": "travel.export",
     "gaussian_baseline": "queries",
     "histogram": "queries",
+    "import_from": "travel.imports",
     "intrinsic_dimension": "queries",
     "label_information": "queries",
     "layer_covariance": "queries",
@@ -41,6 +45,8 @@ _HOME = {
     "pairs": "queries",
     "pairwise_covariance": "queries",
     "peaks": "queries",
+    "pull": "hub",
+    "push": "hub",
     "quantiles": "queries",
     "read_records": "records",
     "rsa": "queries",
@@ -61,14 +67,18 @@ __all__ = [
     "Writer",
     "__version__",
     "build_corpus",
+    "card",
     "cka",
     "compute",
+    "concat",
     "cosine_matrix",
     "cosine_pairs",
     "dimensionality",
     "dump",
+    "export",
     "gaussian_baseline",
     "histogram",
+    "import_from",
     "intrinsic_dimension",
     "label_information",
     "layer_covariance",
@@ -82,6 +92,8 @@ __all__ = [
     "pairwise_covariance",
     "peaks",
     "plot",
+    "pull",
+    "push",
     "quantiles",
     "read_records",
     "rsa",
@@ -95,9 +107,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import plot
+    from .concatenation import concat
     from .corpus import Corpus
     from .corpus import build as build_corpus
     from .fill import dump
+    from .hub import pull, push
     from .models import load_model
     from .plan import Plan, StageSpec
     from .queries import (
@@ -128,6 +142,9 @@ if TYPE_CHECKING:
     from .records import read_records
     from .store import Store, verify
     from .store import open_store as open
+    from .travel.card import card
+    from .travel.export import export
+    from .travel.imports import import_from
     from .wire import save
     from .writer import Writer
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
+from .aliases import stage_of, stages_of
 from .errors import ModelError, UnknownNameError, UsageError
 from .schema import STAGES, pick
 
@@ -239,9 +240,10 @@ def resolve(
     config : mapping
         The model's configuration (``model.config.to_dict()``).
     stages : sequence of str
-        Names out of `schema.STAGES`, or path forms
+        Names out of `schema.STAGES`, path forms
         ``name=path.with.{layer}.in.it[:input|:output]`` (the output unless said), with paths
-        relative to the model with or without its head.
+        relative to the model with or without its head, or names of TransformerLens, as
+        ``blocks.3.mlp.hook_post`` (that layer) or ``mlp.hook_post``.
     layers : str, int, sequence of int or None
         Such as ``"0,3-5"`` or ``"-1"``; counted from the end, a number means each stage's own
         (the last `hidden` is one past the last block). A stage that lacks one of the layers is
@@ -272,15 +274,15 @@ def resolve(
     if not entries:
         raise UsageError(f"no stages were asked for; known stages: {', '.join(STAGES)}")
     paths = _parse_paths([entry for entry in entries if "=" in entry])
-    for entry in entries:
-        if entry not in STAGES and entry not in paths:
-            hint = f"Any other module is reached by path: {PATH_FORM}."
-            raise UnknownNameError("stage", entry, STAGES, hint)
-    if len(paths) < len(entries):
+    hint = f"Any other module is reached by path: {PATH_FORM}."
+    own = stages_of((e for e in entries if e not in paths), layers, STAGES, config, hint=hint)
+    if own:
         _block(config)  # an unknown family is the first thing to say
+    asked = (e if e in paths else stage_of(e, STAGES, config)[0] for e in entries)
     points = []
-    for entry, chosen in _choose(config, entries, layers).items():
-        for layer in chosen:
+    for entry, chosen in _choose(config, list(dict.fromkeys(asked)), layers).items():
+        named = own.get(entry)
+        for layer in chosen if named is None else pick(named, chosen, "layer"):
             if entry in paths:
                 name, path, side = paths[entry]
                 points.append(HookPoint(name, layer, path.replace("{layer}", str(layer)), side))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import html
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dask.array as da
 import numpy as np
@@ -17,22 +18,32 @@ import zarr
 from crc32c import crc32c
 
 from . import journal
+from .aliases import stage_of
 from .errors import (
     CorruptStoreError,
-    NewerFormatError,
     NotAStoreError,
+    StoreError,
     UnfinishedStoreError,
     UnknownNameError,
     UsageError,
 )
+from .guard import Guard, stamp_of
 from .journal import Record, ShardRecord
-from .places import absolute, is_url, last_name, storage_at, zarr_at
-from .schema import FORMAT, STAGES, TABLES, TOKEN_COORDS, Categorical
+from .like import select_like
+from .places import absolute, is_url, last_name, storage_at
+from .root import AGAIN, check_hash, read_manifest, read_root
+from .schema import METADATA_NBYTES, STAGES, TABLES, TOKEN_COORDS, Categorical, pick
 from .shard import Layout, digest, read_pieces, read_shard
-from .sketched import Sketched, strata_codes
+from .sketched import Sketched, Sketches, strata_codes
 from .storage import Storage
 
+if TYPE_CHECKING:
+    from .loader import Loader
+
 __all__ = ["Problem", "ShardedArray", "Store", "open_store", "verify"]
+
+_AT_ONCE = 4
+"""Shards that one selection reads side by side, where it meets so many."""
 
 
 class ShardedArray:
@@ -57,7 +68,7 @@ class ShardedArray:
     def __getitem__(self, key: Any) -> np.ndarray:
         wanted: list[range | np.ndarray] = []
         squeeze = []
-        for axis, (part, size) in enumerate(zip(_three(key), self.shape, strict=True)):
+        for axis, (part, size) in enumerate(zip(full_key(key), self.shape, strict=True)):
             if isinstance(part, (int, np.integer)):
                 at = range(size)[int(part)]
                 wanted.append(range(at, at + 1))
@@ -82,12 +93,22 @@ class ShardedArray:
 
     def _read(self, layer: int, tokens: slice, neurons: slice, out: np.ndarray) -> None:
         storage, rows = storage_at(self.root), self.layout.rows
-        for block in range(tokens.start // rows, -(-tokens.stop // rows)):
+
+        def read(block: int) -> None:
             top = block * rows
             a, b = max(tokens.start, top), min(tokens.stop, top + rows)
             with storage.reader(f"{self.folder}/c.{layer}.{block}.0") as reader:
                 target = out[a - tokens.start : b - tokens.start]
                 read_shard(self.layout, reader, slice(a - top, b - top), neurons, target)
+
+        blocks = range(tokens.start // rows, -(-tokens.stop // rows))
+        if len(blocks) < _AT_ONCE:  # dask's own threads read a block each
+            for block in blocks:
+                read(block)
+            return
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for _ in pool.map(read, blocks):  # the first error ends it
+                pass
 
     def pieces(
         self, layer_index: int, block: int, chunk_rows: Iterable[int], nbytes: int
@@ -98,7 +119,8 @@ class ShardedArray:
             yield from read_pieces(self.layout, reader, chunk_rows, nbytes)
 
 
-def _three(key: Any) -> tuple[Any, Any, Any]:
+def full_key(key: Any) -> tuple[Any, Any, Any]:
+    """An index of an array of three dimensions, with all that is left out of it."""
     key = key if isinstance(key, tuple) else (key,)
     for at in [i for i, part in enumerate(key) if part is Ellipsis][:1]:
         key = key[:at] + (slice(None),) * (4 - len(key)) + key[at + 1 :]
@@ -139,13 +161,28 @@ class Store:
         Where it is.
     attrs : dict
         The root's ``actstore`` attribute: format, model, tokenizer, capture, versions ...
+
+    Examples
+    --------
+    >>> import actstore, tempfile
+    >>> corpus = actstore.build_corpus([[1, 2, 3], [4, 5]])
+    >>> plan = actstore.Plan.build(corpus, [actstore.StageSpec("mlp_post", (0, 1), width=32)])
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> with actstore.Writer(f"{folder.name}/run.zarr", plan) as writer:
+    ...     for layer in (0, 1):
+    ...         writer.put("mlp_post", layer, token=0, values=np.ones((5, 32), "float32"))
+    >>> store = actstore.open(f"{folder.name}/run.zarr")
+    >>> store.stages, dict(store["mlp_post"].sizes), store.tokens["position"].values.tolist()
+    (['mlp_post'], {'layer': 2, 'token': 5, 'neuron': 32}, [0, 1, 2, 0, 1])
+    >>> store.decode(4, before=1)
+    '4 5'
     """
 
-    def __init__(self, path: str, root: Mapping[str, Any]) -> None:
+    def __init__(self, path: str, root: Mapping[str, Any], guard: Guard) -> None:
         self.path = path
         self.attrs: dict[str, Any] = root["attributes"]["actstore"]
         self._nodes: dict[str, Any] = root["consolidated_metadata"]["metadata"]
-        self._storage = storage_at(path)
+        self._guard = guard
 
     # -- what there is -----------------------------------------------------------------------
 
@@ -163,10 +200,12 @@ class Store:
 
     @property
     def n_tokens(self) -> int:
+        """Tokens that are kept."""
         return self.attrs["corpus"]["tokens"]
 
     @property
     def name(self) -> str:
+        """The last part of its path."""
         return last_name(self.path)
 
     def __repr__(self) -> str:
@@ -214,11 +253,20 @@ class Store:
     def _model(self) -> Mapping[str, Any] | None:
         return self.attrs.get("model")
 
+    @property
+    def _config(self) -> Mapping[str, Any] | None:
+        """The model's configuration."""
+        return (self._model or {}).get("config")
+
     def info(self) -> dict[str, Any]:
         """What the store holds, JSON only: stages with layers, widths, types and bytes ...
 
         ``predictions`` is how many of the model's own next tokens are kept of every token (0 for
         none), ``outcomes`` the names of the columns on how its prediction came out.
+
+        Returns
+        -------
+        dict
         """
         stages = {}
         for stage in self.stages:
@@ -258,29 +306,211 @@ class Store:
     # -- data --------------------------------------------------------------------------------
 
     def __getitem__(self, stage: str) -> xr.DataArray:
-        """A stage's activations, lazily, with all token coordinates attached."""
-        if stage not in self.stages:
-            raise UnknownNameError("stage", stage, self.stages, f"This is what {self.name} holds.")
+        """A stage's activations, lazily, with all token coordinates attached.
+
+        A name of TransformerLens, as ``blocks.3.mlp.hook_post``, gives that layer's.
+        """
+        hint = f"This is what {self.name} holds."
+        stage, layer = stage_of(stage, self.stages, self._config, hint=hint)
         values = self._dataset(stage)["activation"].rename(stage)
-        return values if self.outcomes is None else values.assign_coords(self.outcomes.data_vars)
+        if self.outcomes is not None:
+            values = values.assign_coords(self.outcomes.data_vars)
+        if layer is None:
+            return values
+        pick(layer, values["layer"].values.tolist(), "layer")
+        return values.sel(layer=layer)
 
     def __contains__(self, stage: object) -> bool:
-        return stage in self.stages
+        try:
+            return isinstance(stage, str) and bool(stage_of(stage, self.stages, self._config))
+        except UsageError:
+            return False
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stages)
 
+    def sel_like(self, other: xr.DataArray | xr.Dataset, stage: str | None = None) -> xr.DataArray:
+        """The activations at the layers, tokens and neurons of another array, lazily.
+
+        Parameters
+        ----------
+        other : DataArray or Dataset
+            Its coordinates layer and neuron are looked up; tokens by its coordinate ``token``
+            (numbers of this store's), else by ``input``, which what was selected from a store has,
+            of another store over the same texts, too. Of what it has no coordinates for, all.
+        stage : str, optional
+            Default the array's name.
+
+        Returns
+        -------
+        DataArray
+            In the other's order; without the dims at which it stands at one place.
+
+        Raises
+        ------
+        UnknownNameError
+            A stage, layer or neuron that is not there.
+        UsageError
+            Tokens that are not there, or that are others: sequence, position and token_id are
+            compared where both have them.
+
+        Examples
+        --------
+        >>> import tempfile, actstore
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> stages = [actstore.StageSpec(name, (0, 1), 16) for name in ("mlp_pre", "mlp_post")]
+        >>> plan = actstore.Plan.build(actstore.build_corpus([[7, 8, 9]]), stages)
+        >>> with actstore.Writer(f"{folder.name}/run.zarr", plan) as writer:
+        ...     for name in ("mlp_pre", "mlp_post"):
+        ...         for layer in (0, 1):
+        ...             writer.put(name, layer, 0, np.full((3, 16), layer, "float32"))
+        >>> store = actstore.open(f"{folder.name}/run.zarr")
+        >>> some = store["mlp_pre"].sel(layer=1).isel(token=[2, 0])
+        >>> store.sel_like(some, "mlp_post").sizes
+        Frozen({'token': 2, 'neuron': 16})
+        >>> folder.cleanup()
+        """
+        name = stage if stage is not None else getattr(other, "name", None)
+        if name is None:
+            raise UsageError(f"say which stage, as stage={self.stages[0]!r}: other has no name")
+        return select_like(self[str(name)], other)
+
     def array(self, stage: str) -> ShardedArray | zarr.Array:
-        """A stage's activations as a sliceable array, every checksum checked, without labels."""
-        node = self._nodes[f"{stage}/activation"]
+        """A stage's activations as a sliceable array, every checksum checked, without labels.
+
+        Parameters
+        ----------
+        stage : str
+            One of `stages`.
+
+        Returns
+        -------
+        ShardedArray or zarr.Array
+            (layer, token, neuron); zarr's own where the layout is not actstore's.
+        """
+        node = self._guard.node(f"{stage}/activation")
         layout = Layout.of_array(node)
         if layout is None:  # a layout that is not ours still opens through zarr
-            return zarr.open_array(zarr_at(self.path), path=f"{stage}/activation", mode="r")
+            return self._guard.array(f"{stage}/activation")
         shape = tuple(node["shape"])
         return ShardedArray(self.path, f"{stage}/activation", shape, layout)
 
+    def loader(
+        self,
+        stage: str | Sequence[str],
+        layer: int | str | Sequence[int] | None = None,
+        batch_size: int = 4096,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        tokens: str | np.ndarray | None = None,
+        with_tokens: bool = False,
+        device: Any = None,
+        dtype: Any = "float32",
+        buffer: int | str = "1GiB",
+        drop_last: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> Loader:
+        """Shuffled batches for training, as torch tensors, read ahead by a thread.
+
+        Every iteration is an epoch: each token once, in an order that follows from (seed, epoch).
+        Runs of tokens (rows of inner chunks, some thousand tokens) are drawn at random and fill a
+        window of half the buffer, within which order is uniformly random; where the data fits into
+        a window, that is a full shuffle. Where a window holds fewer than 16 runs, a warning says
+        so: batches are then of few texts, and training learns worse.
+
+        The result is a `torch.utils.data.IterableDataset`: iterate over it, or hand it to
+        ``DataLoader(loader, batch_size=None, num_workers=2)``, whose workers share the tokens and
+        the buffer. Ranks of torch.distributed share them too.
+
+        Parameters
+        ----------
+        stage : str or sequence of str
+            Several give a dict of tensors over the same tokens.
+        layer : int, str or sequence of int
+            One layer gives tensors (batch, neuron), several (``[3, 4]`` or ``"0,3-5"``) tensors
+            (batch, layer, neuron).
+        batch_size : int
+            Tokens; the last batch has the rest, unless `drop_last`.
+        shuffle : bool
+            Random order; else the store's.
+        seed : int
+            Of the order.
+        tokens : str or ndarray of bool, optional
+            A token expression or a mask: which tokens; default all.
+        with_tokens : bool
+            Give pairs of the batch and its token numbers (batch,), to look up labels by.
+        device : torch.device or str, optional
+            Where tensors go; copies to a GPU are asynchronous, from pinned memory.
+        dtype : str or torch.dtype
+            Element type of the tensors.
+        buffer : int or str
+            Bounds the host's memory: two windows, and the batches that wait (at most four). Readers
+            hold up to 16 MiB besides.
+        drop_last : bool
+            Leave out the last, smaller batch, and what would give ranks unequal numbers of them.
+        rank, world_size : int, optional
+            Default torch.distributed's, where it is initialised.
+
+        Returns
+        -------
+        Loader
+            With `len`, `set_epoch`, `state_dict` and `load_state_dict`.
+
+        Raises
+        ------
+        UnknownNameError
+            A stage, layer or column that is not there.
+        UsageError
+            A buffer that is too small, no token, no batch ...
+
+        Examples
+        --------
+        >>> import tempfile, actstore
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = f"{folder.name}/run.zarr"
+        >>> plan = actstore.Plan.build(
+        ...     actstore.build_corpus([[1, 2, 3]]), [actstore.StageSpec("mlp_post", (0,), 16)])
+        >>> with actstore.Writer(path, plan) as writer:
+        ...     writer.put("mlp_post", 0, 0, np.ones((3, 16), "float32"))
+        >>> for batch in actstore.open(path).loader("mlp_post", layer=0, batch_size=2):
+        ...     print(tuple(batch.shape))
+        (2, 16)
+        (1, 16)
+        >>> folder.cleanup()
+        """
+        from .loader import Loader  # here, for it loads torch
+
+        return Loader(
+            self,
+            stage,
+            layer,
+            batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            tokens=tokens,
+            with_tokens=with_tokens,
+            device=device,
+            dtype=dtype,
+            buffer=buffer,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+        )
+
     def heads(self, stage: str) -> np.ndarray | None:
-        """Attention head of each neuron, where a stage is made of heads."""
+        """Attention head of each neuron, where a stage is made of heads.
+
+        Parameters
+        ----------
+        stage : str
+            One of `stages`.
+
+        Returns
+        -------
+        ndarray of int (neuron,) or None
+        """
         if f"{stage}/head" not in self._nodes:
             return None
         return self._values(f"{stage}/head")
@@ -307,17 +537,22 @@ class Store:
         if name in self._columns[stage]:
             return self._read(f"{stage}/{name}")
         if name == "token_text" and self.vocabulary is not None:
-            return Categorical(self._values(f"{stage}/token_id"), self.vocabulary)
+            return Categorical(self._index(f"{stage}/token_id", "vocab"), self.vocabulary)
         if name in self._columns["inputs"]:
-            return self._read(f"inputs/{name}")[self._values(f"{stage}/input")]
+            return self._read(f"inputs/{name}")[self._index(f"{stage}/input", "inputs")]
         if name in self._columns["sequences"]:
-            return self._read(f"sequences/{name}")[self._values(f"{stage}/sequence")]
+            return self._read(f"sequences/{name}")[self._index(f"{stage}/sequence", "sequences")]
         if name in self._table_names("outcomes"):
             return self._read(f"outcomes/{name}")
+        raise UnknownNameError("column", name, self.columns)
+
+    @property
+    def columns(self) -> list[str]:
+        """Every name that `column` knows."""
         texts = ["token_text"] if self.vocabulary is not None else []
-        every = [c for group in (stage, "inputs", "sequences") for c in self._columns[group]]
-        known = [*dict.fromkeys(every), *self._table_names("outcomes"), *texts]
-        raise UnknownNameError("column", name, known)
+        groups = (self.stages[0], "inputs", "sequences")
+        every = [name for group in groups for name in self._columns[group]]
+        return [*dict.fromkeys(every), *self._table_names("outcomes"), *texts]
 
     @cached_property
     def _columns(self) -> dict[str, list[str]]:
@@ -332,11 +567,22 @@ class Store:
             for group, dim in dims.items()
         }
 
-    def sketched(self, stage: str) -> Sketched | None:
-        """A stage's sketches; None where the store has none (`actstore sketch` makes them)."""
+    def sketched(self, stage: str) -> Sketches | None:
+        """A stage's sketches, which queries ask; `actstore sketch` makes them.
+
+        Parameters
+        ----------
+        stage : str
+            One of `stages`.
+
+        Returns
+        -------
+        Sketches or None
+            None where the store has none.
+        """
         if f"sketch/{stage}/moments" not in self._nodes:
             return None
-        return Sketched(self.path, self.id, stage)
+        return Sketched(*self._guard.place, stage)
 
     @cached_property
     def strata(self) -> tuple[tuple[str, ...], np.ndarray] | None:
@@ -348,7 +594,12 @@ class Store:
         position, special = self.column("position"), self.column("special")
         if isinstance(position, Categorical) or isinstance(special, Categorical):
             return None
-        return strata_codes(position, special, label if isinstance(label, Categorical) else None)
+        strata = strata_codes(position, special, label if isinstance(label, Categorical) else None)
+        for stage in self.stages:
+            key = f"sketch/{stage}/stratum"
+            if key in self._nodes and tuple(self._values(key)) != strata[0]:
+                raise self._damaged(key, "does not name the classes of tokens that there are")
+        return strata
 
     @cached_property
     def _arrays(self) -> dict[str, Any]:
@@ -357,22 +608,36 @@ class Store:
 
     def _values(self, key: str, where: Any = Ellipsis) -> np.ndarray:
         """A column, or some of it."""
-        try:
-            if key not in self._arrays:
-                self._arrays[key] = zarr.open_array(zarr_at(self.path), path=key, mode="r")
-            return np.asarray(self._arrays[key][where])
-        except FileNotFoundError:
-            self._storage.get("zarr.json")  # where the whole place is gone, this says so
-            raise CorruptStoreError(
-                f"{key} is missing from {self.path}: run `actstore verify` to see what else is, "
-                "and the same dump again to redo just that"
-            ) from None
+        if key not in self._arrays:
+            self._arrays[key] = self._guard.array(key)
+        array = self._arrays[key]
+        if where is Ellipsis:
+            _check_memory(key, array.size * array.dtype.itemsize)
+        return np.asarray(array[where])
+
+    def _index(self, key: str, of: str) -> np.ndarray:
+        """A column that counts rows of another table, or codes of labels: all within it."""
+        words = () if self.vocabulary is None else self.vocabulary
+        size = len(words) if of == "vocab" else self.attrs["corpus"][of]
+        return self._within(key, self._values(key), size)
+
+    def _within(self, key: str, values: np.ndarray, size: int) -> np.ndarray:
+        sound = values.dtype.kind in "iu" and (
+            not values.size or (int(values.min()) >= 0 and int(values.max()) < size)
+        )
+        if not sound:
+            raise self._damaged(key, f"holds what is no index below {size:,}")
+        return values
+
+    def _damaged(self, key: str, what: str) -> CorruptStoreError:
+        return CorruptStoreError(f"{key} of {self.path} is damaged: it {what}. {AGAIN}")
 
     def _read(self, key: str) -> np.ndarray | Categorical:
         values = self._values(key)
         attributes = self._nodes[key]["attributes"]
         if "label_values" in attributes:
-            return Categorical(values, np.array(attributes["label_values"], dtype=object))
+            labels = np.array(attributes["label_values"], dtype=object)
+            return Categorical(self._within(key, values, len(labels)), labels)
         if attributes.get("dtype") == "bool":
             return values.astype(bool)
         if values.dtype.kind not in "bifu":
@@ -395,7 +660,12 @@ class Store:
         return dataset.assign(activation=dataset["activation"].copy(data=lazy))
 
     def _group(self, group: str) -> xr.Dataset:
-        return xr.open_zarr(zarr_at(self.path), group=group, consolidated=False, chunks={})
+        try:
+            return xr.open_zarr(self._guard, group=group, consolidated=False, chunks={})
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise CorruptStoreError(
+                f"{group} of {self.path} cannot be read: {str(error)[:200]}. {AGAIN}"
+            ) from None
 
     @property
     def tree(self) -> xr.DataTree:
@@ -407,13 +677,15 @@ class Store:
 
     @cached_property
     def tokens(self) -> xr.Dataset:
-        """Columns of the kept tokens (token,): sequence, position, token_id, labels, outcomes."""
-        columns = _decoded(
-            self._group(self.stages[0])
-            .drop_vars("activation")
-            .drop_dims(["layer", "neuron"], errors="ignore")
-            .reset_coords()
-        )
+        """Columns of the kept tokens (token,), lazily: of `store.tokens.to_dataframe()`, too.
+
+        input, sequence, position, token_id, the token's text, labels, outcomes.
+        """
+        group = self._group(self.stages[0]).reset_coords()
+        columns = _decoded(group[[*TOKEN_COORDS, *self.labels]])
+        if self.vocabulary is not None and "token_text" not in columns:
+            columns = columns.assign(token_text=_looked_up(self.vocabulary, columns["token_id"]))
+            columns = columns[[*TOKEN_COORDS, "token_text", *self.labels]]
         return columns if self.outcomes is None else columns.assign(self.outcomes.data_vars)
 
     @cached_property
@@ -480,8 +752,12 @@ class Store:
         stage, token = self.stages[0], token % self.n_tokens
         at = int(self._values(f"{stage}/input", token))
         sequence = int(self._values(f"{stage}/sequence", token))
+        if not 0 <= sequence < self.attrs["corpus"]["sequences"]:
+            raise self._damaged(f"{stage}/sequence", f"says {sequence} at token {token}")
         start = int(self._values("sequences/start", sequence))
         stop = start + int(self._values("sequences/length", sequence))
+        if not 0 <= start <= at < stop <= self.attrs["corpus"]["inputs"]:
+            raise self._damaged("sequences", f"puts token {token} at {at} of {start} to {stop}")
         window = slice(max(start, at - before), min(stop, at + after + 1))
         has = {"sequences/text", "inputs/char_start"} <= self._nodes.keys()
         text = str(self._values("sequences/text", sequence)) if has else ""
@@ -489,12 +765,24 @@ class Store:
             spans = np.stack(
                 [self._values(f"inputs/char_{end}", window) for end in ("start", "end")]
             )
+            if spans.size and not 0 <= spans.min() <= spans.max() <= len(text):
+                raise self._damaged("inputs/char_start", f"lies outside of the text of {sequence}")
             spans = spans[:, spans[0] < spans[1]]  # special tokens have no text
             return text[spans[0].min() : spans[1].max()] if spans.size else ""
         ids = self._values("inputs/token_id", window)
         if self.vocabulary is None:
             return " ".join(map(str, ids))
-        return "".join(self.vocabulary[ids])
+        return "".join(self.vocabulary[self._within("inputs/token_id", ids, len(self.vocabulary))])
+
+
+def _check_memory(key: str, nbytes: int) -> None:
+    """Refuse what the machine cannot hold, before it dies of it."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if nbytes > free:
+        raise StoreError(
+            f"{key} takes {nbytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are free: ask "
+            "on a larger machine, or ask of a part of the store"
+        )
 
 
 def _chunks(size: int, step: int) -> tuple[int, ...]:
@@ -508,15 +796,20 @@ def _decoded(dataset: xr.Dataset) -> xr.Dataset:
     for name, variable in dataset.data_vars.items():
         values = variable.attrs.get("label_values")
         if values is not None:
-            table = np.array(values, dtype=object)
-            decoded = xr.apply_ufunc(
-                lambda codes, table=table: table[codes],
-                variable,
-                dask="parallelized",
-                output_dtypes=[object],
-            )
+            decoded = _looked_up(np.array(values, dtype=object), variable)
             columns[name] = decoded.assign_attrs(long_name=variable.attrs.get("long_name", name))
     return dataset.assign(columns)
+
+
+def _looked_up(table: np.ndarray, codes: xr.DataArray) -> xr.DataArray:
+    """``table[codes]``, lazily."""
+
+    def look_up(own: np.ndarray) -> np.ndarray:
+        if own.size and not (own.min() >= 0 and own.max() < len(table)):
+            raise CorruptStoreError(f"{codes.name} holds what is no index below {len(table):,}")
+        return table[own]
+
+    return xr.apply_ufunc(look_up, codes, dask="parallelized", output_dtypes=[object])
 
 
 # -- opening -------------------------------------------------------------------------------
@@ -528,7 +821,8 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     Parameters
     ----------
     path : path
-        The store's folder.
+        The store's folder, a zip archive of it (``run.zarr.zip``), or a URL: ``s3://...`` and
+        what else obstore knows, ``http://...`` of a web server that has the folder.
 
     Returns
     -------
@@ -544,54 +838,41 @@ def open_store(path: str | os.PathLike[str]) -> Store:
         It needs a newer actstore.
     CorruptStoreError
         Its metadata is damaged or does not match its manifest.
+
+    Examples
+    --------
+    >>> import actstore, tempfile
+    >>> corpus = actstore.build_corpus([[1, 2, 3], [4, 5]])
+    >>> plan = actstore.Plan.build(corpus, [actstore.StageSpec("mlp_post", (0, 1), width=32)])
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> with actstore.Writer(f"{folder.name}/run.zarr", plan) as writer:
+    ...     for layer in (0, 1):
+    ...         writer.put("mlp_post", layer, token=0, values=np.ones((5, 32), "float32"))
+    >>> store = actstore.open(f"{folder.name}/run.zarr")
+    >>> float(store["mlp_post"].sel(layer=1).mean())
+    1.0
     """
-    storage = storage_at(path)
-    shown = os.fspath(path)
-    data = storage.get("zarr.json")
-    if data is None:
-        raise _not_open(storage, shown)
-    try:
-        root = json.loads(data)
-        attributes = root["attributes"]["actstore"]
-        newer = int(attributes["format"]) > FORMAT
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise NotAStoreError(
-            f"{shown} is not a store of actstore's: its zarr.json has no such attribute. Open it "
-            "with xarray.open_zarr instead"
-        ) from None
-    if newer:
-        raise NewerFormatError(
-            f"{shown} has format {attributes['format']} and this version reads up to {FORMAT}: "
-            "pip install -U actstore"
-        )
-    try:
-        nodes = root["consolidated_metadata"]["metadata"]
-        outside = [k for k in nodes if {"", ".", ".."} & set(k.split("/"))]
-    except (KeyError, TypeError, AttributeError):
-        raise CorruptStoreError(f"zarr.json in {shown} lacks the metadata of the arrays") from None
-    if outside:
-        raise CorruptStoreError(f"zarr.json in {shown} names {outside[0]!r}, outside the store")
-    store = Store(absolute(shown), root)
-    _check_manifest(store, storage)
+    root, store = _opened(path)
+    check_hash(root, os.fspath(path))
     return store
 
 
-def _check_manifest(store: Store, storage: Storage) -> None:
-    """Compare the root with the manifest: one small read, whatever the number of shards."""
-    data = storage.get(journal.MANIFEST)
+def _opened(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], Store]:
+    """A store and its root, whose facts may still be others than those that were sealed."""
+    storage, shown = storage_at(path), os.fspath(path)
+    data = storage.get("zarr.json", METADATA_NBYTES)
     if data is None:
+        raise _not_open(storage, shown)
+    root = read_root(storage, data, shown)
+    manifest = read_manifest(storage)
+    identity = root["attributes"]["actstore"]["id"]
+    if manifest["id"] != identity:
         raise CorruptStoreError(
-            f"{journal.MANIFEST} is missing from {storage.root}: run the same dump again to seal it"
+            f"{storage.root} was put together from two stores: its root says id {identity}, its "
+            f"manifest {manifest['id']}"
         )
-    try:
-        manifest = journal.opened_json(data)
-    except CorruptStoreError as error:
-        raise CorruptStoreError(f"{journal.MANIFEST} in {storage.root}: {error}") from None
-    if manifest.get("id") != store.attrs.get("id"):
-        raise CorruptStoreError(
-            f"{storage.root} was put together from two stores: its root says id "
-            f"{store.attrs.get('id')}, its manifest {manifest.get('id')}"
-        )
+    nodes, place = root["consolidated_metadata"]["metadata"], (absolute(shown), stamp_of(data))
+    return root, Store(place[0], root, Guard(storage, place, nodes, manifest["objects"]))
 
 
 def _not_open(storage: Storage, shown: str) -> NotAStoreError | UnfinishedStoreError:
@@ -607,6 +888,8 @@ def _not_open(storage: Storage, shown: str) -> NotAStoreError | UnfinishedStoreE
     if stored is None:
         return NotAStoreError(f"{shown} is not a store: it has neither zarr.json nor a journal")
     total = stored["blocks"] * stored["passes"]
+    if not storage.lists:
+        return UnfinishedStoreError(f"{shown} is not finished: open it once its dump is done")
     done = sum(journal.is_record(key) for key in storage.keys("journal"))
     return UnfinishedStoreError(
         f"{shown} is not finished: {done} of {total} blocks are complete. Run the same dump "
@@ -631,10 +914,22 @@ def verify(path: str | os.PathLike[str]) -> Iterator[tuple[str, Problem | None]]
         Each object, as it is checked.
     problem : Problem or None
         What is wrong with it. Rerunning the dump redoes just what is damaged.
+
+    Examples
+    --------
+    >>> import actstore, tempfile
+    >>> corpus = actstore.build_corpus([[1, 2, 3], [4, 5]])
+    >>> plan = actstore.Plan.build(corpus, [actstore.StageSpec("mlp_post", (0, 1), width=32)])
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> with actstore.Writer(f"{folder.name}/run.zarr", plan) as writer:
+    ...     for layer in (0, 1):
+    ...         writer.put("mlp_post", layer, token=0, values=np.ones((5, 32), "float32"))
+    >>> [key for key, problem in actstore.verify(f"{folder.name}/run.zarr") if problem]
+    []
     """
     storage = storage_at(path)
-    store = open_store(path)
-    manifest = journal.opened_json(storage.get(journal.MANIFEST) or b"")
+    _, store = _opened(path)
+    manifest = read_manifest(storage)
     for key, (size, checksum) in manifest["objects"].items():
         yield key, _check_object(storage, key, size, checksum)
     stored = journal.read_plan(storage)
@@ -642,6 +937,16 @@ def verify(path: str | os.PathLike[str]) -> Iterator[tuple[str, Problem | None]]
         yield journal.PLAN, Problem(journal.PLAN, "missing")
         return
     yield "zarr.json", _check_root(storage, store, manifest["objects"], stored)
+    blocks = -(-store.n_tokens // store.attrs["capture"]["block_tokens"])
+    due = {
+        "tokens": store.n_tokens,
+        "blocks": blocks,
+        "passes": store.attrs["capture"]["passes"],
+    }
+    wrong = [name for name, value in due.items() if stored[name] != value]
+    if wrong:
+        yield journal.PLAN, Problem(journal.PLAN, f"its {', '.join(wrong)} are not the root's")
+        return
     records = []
     for index in range(stored["passes"]):
         for block in range(stored["blocks"]):
@@ -664,8 +969,8 @@ def verify(path: str | os.PathLike[str]) -> Iterator[tuple[str, Problem | None]]
 def object_count(path: str | os.PathLike[str]) -> int:
     """How many objects `verify` will check."""
     storage = storage_at(path)
-    store = open_store(path)
-    manifest = journal.opened_json(storage.get(journal.MANIFEST) or b"")
+    _, store = _opened(path)
+    manifest = read_manifest(storage)
     blocks = -(-store.n_tokens // store.attrs["capture"]["block_tokens"])
     layers = sum(len(s["layers"]) for s in store.attrs["capture"]["stages"].values())
     return 1 + len(manifest["objects"]) + manifest["records"]["count"] + blocks * layers
@@ -680,8 +985,8 @@ def _check_root(
         return Problem("zarr.json", "does not name the arrays and groups that the manifest does")
     for name, node in store._nodes.items():
         try:
-            own = json.loads(storage.get(f"{name}/zarr.json") or b"null")
-        except ValueError:
+            own = json.loads(storage.get(f"{name}/zarr.json", METADATA_NBYTES) or b"null")
+        except (ValueError, RecursionError, CorruptStoreError):
             own = None
         own, repeated = ({**(n or {}), "consolidated_metadata": None} for n in (own, node))
         if own != repeated:
@@ -696,7 +1001,10 @@ def _check_root(
 def _check_object(
     storage: Storage, key: str, size: int, checksum: int, layout: Layout | None = None
 ) -> Problem | None:
-    data = storage.get(key)
+    try:
+        data = storage.get(key, size)
+    except StoreError as error:
+        return Problem(key, str(error))
     if data is None:
         return Problem(key, "missing")
     if len(data) != size:

@@ -143,6 +143,15 @@ def save(result: xr.Dataset | xr.DataTree, path: str | os.PathLike[str]) -> Path
     -------
     Path
         What was written.
+
+    Examples
+    --------
+    >>> import actstore, tempfile, xarray as xr
+    >>> acts = xr.DataArray(np.eye(4, dtype="float32"), dims=("token", "neuron"))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     written = save(actstore.moments(acts), f"{folder}/moments.nc")
+    ...     xr.load_dataset(written)["mean"].values.tolist()
+    [[0.25, 0.25, 0.25, 0.25]]
     """
     path = Path(path)
     if path.suffix not in ENDINGS:

@@ -18,12 +18,14 @@ from actstore.errors import ActstoreError, UsageError
 from .bench import add_bench_commands
 from .demo import add_demo_command
 from .dump import add_dump_commands
+from .hub import add_hub_commands
 from .output import say
 from .plot import add_plot_commands
 from .query import add_query_commands
 from .report import add_report_command
 from .serve import add_serve_command
 from .store import add_store_commands
+from .travel import add_travel_commands
 
 __all__ = ["app", "main"]
 
@@ -54,10 +56,12 @@ def _everywhere(
 add_demo_command(app)
 add_dump_commands(app)
 add_store_commands(app)
+add_travel_commands(app)
 add_query_commands(app)
 add_plot_commands(app)
 add_report_command(app)
 add_serve_command(app)
+add_hub_commands(app)
 add_bench_commands(app)
 
 

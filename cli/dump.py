@@ -124,7 +124,8 @@ def job(
         str,
         _option(
             "Comma list of hidden, resid_pre, resid_mid, resid_post, attn_z, attn_out, mlp_in, "
-            "mlp_pre, mlp_post, mlp_out, or NAME=path.with.{layer}.in.it[:input|:output].",
+            "mlp_pre, mlp_post, mlp_out, or NAME=path.with.{layer}.in.it[:input|:output]; names of "
+            "TransformerLens, as blocks.3.mlp.hook_post, are understood.",
             "capture",
         ),
     ] = ",".join(MLP_STAGES),
@@ -363,9 +364,11 @@ def _prepare(asked: dict[str, Any], meta: bool = False) -> tuple[Any, Any, Plan,
     """Model, tokenizer, plan and hook points of a job."""
     from actstore.fill import model_corpus, plan_model
     from actstore.models import load_model
+    from actstore.places import check_writable
     from actstore.records import read_records
 
-    # The input is looked at first: a typo there should not wait for the model.
+    # Input and output are looked at first: a typo there should not wait for the model.
+    check_writable(asked["out"])
     records = read_records(
         asked["source"], config=asked["config"], split=asked["split"], column=asked["column"]
     )

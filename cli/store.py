@@ -36,7 +36,7 @@ def info(store: StorePath, as_json: Json = False) -> None:
     model = facts.get("model")
     say(
         f"{facts['tokens']:,} tokens kept of {facts['inputs']:,}, {facts['sequences']:,} sequences"
-        + (f", from {model['name']} ({model['class']})" if model else "")
+        + (f", from {model['name']} ({model.get('class', 'of unknown class')})" if model else "")
     )
     say(f"labels: {', '.join(facts['labels']) or 'none'}")
     if facts["predictions"]:

@@ -342,7 +342,8 @@ def test_root_attribute(whole: Path, least: Path, tmp_path: Path) -> None:
     dumped = actstore.dump(model, None, [[1, 2, 3]], tmp_path / "dumped.zarr")
     headed = transformers.GPT2LMHeadModel(model.config)
     predicted = actstore.dump(headed, None, [[1, 2, 3]], tmp_path / "b.zarr", outcomes=True)
-    stores = [actstore.open(whole), actstore.open(least), dumped, predicted]
+    part = actstore.open(actstore.export(whole, tmp_path / "part.zarr", layers=0).path)
+    stores = [actstore.open(whole), actstore.open(least), dumped, predicted, part]
     required = {k for k, v in described.items() if "optional" not in v}
     for store in stores:
         assert required <= set(store.attrs) <= set(described)
@@ -361,7 +362,8 @@ def test_root_attribute(whole: Path, least: Path, tmp_path: Path) -> None:
     }
     for key in ("model", "machine", "head"):
         assert set(predicted.attrs[key]) == set(re.findall(r"`(\w+)`", described[key]))
-    assert set(described) - set(dumped.attrs) == {"tokenizer", "head"}
+    assert set(described) - set(dumped.attrs) == {"tokenizer", "head", "origin"}
+    assert f'"{part.attrs["origin"]["what"]}"' in described["origin"]
 
 
 def test_states(tmp_path: Path) -> None:
