@@ -1,25 +1,24 @@
-"""`actstore bench`: speeds as ratios against a reference in the same run."""
+"""`actstore bench`: speeds beside a reference in the same run; the groups are in `speed`."""
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .bench_all import everything
 from .bench_query import query
+from .bench_scaling import scaling
 from .bench_serve import serve
 from .bench_similarity import rsa
 from .output import print_json, print_table, say
+from .speed.passes import bare_pass, gpt2, timed_dump
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from actstore.plan import Plan
 
 __all__ = ["add_bench_commands"]
 
@@ -32,9 +31,11 @@ SHAPES = {
 
 def add_bench_commands(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="Measure speeds on this machine.")
+    group.command("all", epilog="Example: actstore bench all --only writer,reading")(everything)
     group.command(epilog="Example: actstore bench capture --pairs 10")(capture)
     group.command(epilog="Example: actstore bench query --gigabytes 2")(query)
     group.command(epilog="Example: actstore bench rsa --tokens 50000,100000")(rsa)
+    group.command(epilog="Example: actstore bench scaling --tokens 10e9 --ranks 64")(scaling)
     group.command(epilog="Example: actstore bench serve --gigabytes 1")(serve)
     app.add_typer(group, name="bench", epilog="Example: actstore bench capture")
 
@@ -64,7 +65,7 @@ def capture(
     """
     from actstore.errors import UnknownNameError
 
-    model, where = _model(dtype, device, layers, width)
+    model, where = gpt2(dtype, device, layers, width)
     rows = []
     for name in shape or SHAPES:
         if name not in SHAPES:
@@ -77,19 +78,6 @@ def capture(
         return
     say(f"{where}, {dtype}, {layers} layers x {width}, mlp_in mlp_pre mlp_post mlp_out")
     print_table(list(rows[0]), [list(r.values()) for r in rows])
-
-
-def _model(dtype: str, device: str, layers: int, width: int) -> tuple[Any, str]:
-    import torch
-    from transformers import GPT2Config, GPT2Model
-
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    torch.manual_seed(0)
-    config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64)
-    model = GPT2Model(config).eval().to(kind, getattr(torch, dtype))
-    if kind.startswith("cuda"):
-        return model, torch.cuda.get_device_name(kind)
-    return model, f"CPU, {torch.get_num_threads()} threads"
 
 
 def _lengths(shape: str, tokens: int) -> list[int]:
@@ -120,9 +108,9 @@ def _compare(
     bare: list[float] = []
     dumps: dict[str, list[float]] = {name: [] for name in plans}
     for _ in range(pairs + 1):  # the first warms up
-        bare.append(_bare(model, plans["sketches"][0]))
+        bare.append(bare_pass(model, plans["sketches"][0]))
         for name, (made, points) in plans.items():
-            dumps[name].append(_dump(model, made, points, scratch))
+            dumps[name].append(timed_dump(model, made, points, scratch))
     for name, (made, _) in plans.items():
         seconds = statistics.median(dumps[name][1:])
         ratios = [b / d for b, d in zip(bare[1:], dumps[name][1:], strict=True)]
@@ -138,30 +126,3 @@ def _compare(
             "ratio_high": max(ratios),
             "pairs": pairs,
         }
-
-
-def _bare(model: Any, made: Plan) -> float:
-    import torch
-
-    from actstore.fill import batch_kwargs
-
-    began = time.perf_counter()
-    with torch.inference_mode():
-        for batch in made.batches:
-            model(**batch_kwargs(made, batch, model))
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def _dump(model: Any, made: Plan, points: Any, scratch: Path) -> float:
-    from actstore.fill import fill
-    from actstore.writer import Writer
-
-    path = scratch / "run.zarr"
-    began = time.perf_counter()
-    with Writer(path, made) as writer:
-        fill(model, points, writer)
-    seconds = time.perf_counter() - began
-    shutil.rmtree(path)
-    return seconds

@@ -21,8 +21,8 @@ from urllib.parse import quote
 
 import typer
 
-from .bench_query import _make
 from .output import print_json, print_table, say, size
+from .speed.stores import make_store
 
 __all__ = ["serve"]
 
@@ -55,7 +55,7 @@ def serve(
         stores = Path(scratch) / "stores"
         stores.mkdir()
         _demo(stores / "demo.zarr")
-        _make(stores / "large.zarr", gigabytes * 1e9)
+        make_store(stores / "large.zarr", gigabytes * 1e9)
         with _served(stores, Path(scratch) / "cache") as (port, process):
             rows = [
                 row

@@ -1,0 +1,110 @@
+"""Reading a store: a scan of all of it, one stage-layer into memory, one neuron."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from .rounds import Reference, Row, Work, compare, seconds
+from .setting import CORES, Setting, drop_cached
+
+__all__ = ["reading"]
+
+STAGE = "mlp_post"
+
+
+def reading(setting: Setting) -> list[Row]:
+    """From the page cache, after the first round; the scan also of files dropped from it."""
+    return [*_scan(setting), *_layer(setting), *_neuron(setting)]
+
+
+def _scan(setting: Setting) -> list[Row]:
+    import numpy as np
+
+    import actstore
+
+    store = actstore.open(setting.store)
+    array = store.array(STAGE)
+    layers, tokens, _ = array.shape
+    rows = store.attrs["capture"]["block_tokens"]
+    places = [(i, a) for i in range(layers) for a in range(0, tokens, rows)]
+    files = sorted(setting.store.glob(f"{STAGE}/activation/c.*"))
+    most = np.arange(tokens) > 0  # sketches cannot answer for all tokens but one
+
+    def scan() -> None:
+        actstore.compute(
+            actstore.moments(store, tokens=most, per="layer"),
+            actstore.histogram(store, tokens=most, bins=300, range=(-8, 8)),
+        )
+
+    def read() -> None:
+        with ThreadPoolExecutor(CORES) as pool:
+            list(pool.map(lambda p: np.size(array[p[0], p[1] : p[1] + rows]), places))
+
+    def read_files() -> None:
+        with ThreadPoolExecutor(CORES) as pool:
+            list(pool.map(lambda f: len(f.read_bytes()), files))
+
+    def cold(run: Callable[[], None]) -> Callable[[], float]:
+        def work() -> float:
+            drop_cached(files)
+            return seconds(run)()
+
+        return work
+
+    nbytes = sum(f.stat().st_size for f in files) / 1e9
+    what = "scan: moments + 300 bins, one pass"
+    named = "reading the shards", "reading their files"
+    table = partial(compare, "reading", rounds=setting.rounds, amount=nbytes, unit="GB")
+    warm = table(
+        {what: (seconds(scan), {named[0]: 0.6, named[1]: None})},
+        [Reference(named[0], seconds(read)), Reference(named[1], seconds(read_files))],
+    )
+    what = f"{what}, nothing cached"
+    return warm + table({what: (cold(scan), {named[0]: 0.6})}, [Reference(named[0], cold(read))])
+
+
+def _layer(setting: Setting) -> list[Row]:
+    """One stage-layer as an array, against one file of the same bytes."""
+    import numpy as np
+
+    import actstore
+
+    store = actstore.open(setting.store)
+    array, labelled = store.array(STAGE), store[STAGE].isel(layer=0)
+    file = setting.scratch / "layer.bin"
+    labelled.values.tofile(file)
+    named = "np.fromfile of the same bytes"
+    ours: dict[str, tuple[Work, dict[str, float | None]]] = {
+        "one stage-layer into memory, store.array(stage)[0]": (
+            seconds(lambda: array[0]),
+            {named: 0.6},
+        ),
+        "the same with labels, store[stage].isel(layer=0)": (
+            seconds(lambda: labelled.values),
+            {named: None},
+        ),
+    }
+    plain = Reference(named, seconds(lambda: np.fromfile(file, np.float32)))
+    found = compare("reading", ours, [plain], setting.rounds, labelled.nbytes / 1e9, "GB")
+    file.unlink()
+    return found
+
+
+def _neuron(setting: Setting) -> list[Row]:
+    import actstore
+
+    store = actstore.open(setting.store)
+    array, neuron = store.array(STAGE), store[STAGE].sizes["neuron"] // 2
+    named = "the whole stage-layer, store.array(stage)[0]"
+
+    def one() -> None:
+        store[STAGE].isel(layer=0, neuron=neuron).values  # noqa: B018 - reads
+
+    return compare(
+        "reading",
+        {"one neuron over all tokens, with labels": (seconds(one), {named: 10})},
+        [Reference(named, seconds(lambda: array[0]))],
+        setting.rounds,
+    )
