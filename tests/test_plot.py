@@ -389,6 +389,16 @@ def test_quantiles(ax: Axes) -> None:
         plot.quantiles(result.expand_dims(neuron=np.arange(6)), ax)
 
 
+def test_panels_of_quantiles_share_a_legend(store: Any) -> None:
+    drawn = figure()
+    axes = plot.draw(actstore.quantiles(store, by="play"), drawn)
+    assert axes.size > 1 and all(ax.get_legend() is None for ax in axes.flat)
+    (legend,) = drawn.legends
+    assert [t.get_text() for t in legend.get_texts()] == ["0.05 to 0.95", "0.25 to 0.75", "0.5"]
+    (one,) = plot.draw(actstore.quantiles(store, stages="mlp_post"), figure()).flat
+    assert one.get_legend() is not None
+
+
 def test_profile_of_layers_and_of_neurons(store: Any) -> None:
     for per in ("layer", "neuron"):
         result = actstore.moments(store, per=per).compute()

@@ -85,7 +85,8 @@ def test_matrices_distributions_and_scatter_of_one_place(store: Any) -> None:
             want = np.histogram(values, edges, density=True)[0]
             np.testing.assert_allclose(density, want, rtol=1e-6)
             assert edges[[0, -1]] == pytest.approx((values.min(), values.max()))
-        assert legend_words(row[2].get_legend()) == list(TWO)
+    assert legend_words(axes[0, 2].get_legend()) == list(TWO)
+    assert axes[1, 2].get_legend() is None  # the same again, over the lines
     for ax, key in zip(axes[2], TWO, strict=False):
         own = [tree[key][n].values[0][UPPER] for n in ("covariance", "mutual_information")]
         np.testing.assert_array_equal(points(ax)[0], np.column_stack(own))

@@ -38,6 +38,7 @@ from .distributions import (
     peak_positions,
     profile,
     profiles,
+    quantile_panels,
     quantiles,
 )
 from .information import (
@@ -117,6 +118,7 @@ __all__ = [
     "peak_positions",
     "profile",
     "profiles",
+    "quantile_panels",
     "quantiles",
     "samples",
     "save",
@@ -133,7 +135,7 @@ __all__ = [
 
 PLOTS: dict[str, Callable[..., np.ndarray]] = {
     "histogram": histograms,
-    "quantiles": partial(facets, quantiles, size=(3.6, 2.6), within=("layer",)),
+    "quantiles": quantile_panels,
     "moments": partial(
         profiles,
         variables=("mean", "std", "skewness", "kurtosis", "zero_fraction", "positive_fraction"),
@@ -241,6 +243,14 @@ def save(
     -------
     Path
         The file.
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, tempfile, xarray as xr
+    >>> acts = xr.DataArray(np.eye(4, dtype="float32"), dims=("token", "neuron"))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(actstore.histogram(acts, bins=[0, 1, 2]), f"{folder}/ones.png").suffix
+    '.png'
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure

@@ -193,6 +193,16 @@ def cosine_densities(
     Returns
     -------
     ndarray of Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> axes = cosine_densities(actstore.cosine_pairs(data), Figure())
+    >>> axes.shape
+    (1, 1)
     """
     result = holding(result, "cosine_pairs", "density")
     if baseline is not None:
@@ -225,6 +235,17 @@ def baseline_densities(result: xr.Dataset, ax: Axes | None = None) -> Axes:
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> normal = actstore.gaussian_baseline(data, dimensions=[5, 50])
+    >>> ax = baseline_densities(normal, Figure().subplots())
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['5', '50']
     """
     result = holding(result, "gaussian_baseline", "density")
     check_dims(result["density"], "dimension", "bin")
@@ -255,6 +276,16 @@ def baselines(result: Result, figure: Figure | SubFigure | None = None) -> np.nd
     Returns
     -------
     ndarray of Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> axes = baselines(actstore.gaussian_baseline(data, dimensions=5), Figure())
+    >>> [ax.get_xlabel() for ax in axes.flat]
+    ['cosine of two draws', 'layer']
     """
     result = holding(result, "gaussian_baseline", "density")
     columns = columns_of(result) if "matching_dimension" in result else []

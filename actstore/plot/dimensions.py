@@ -83,6 +83,17 @@ def dimension_profile(result: Result, variable: str, ax: Axes | None = None) -> 
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> result = actstore.dimensionality(data)
+    >>> ax = dimension_profile(result, "participation_ratio", Figure().subplots())
+    >>> ax.get_xlabel(), ax.get_ylabel()
+    ('layer', 'participation ratio')
     """
     result = loaded(result)
     ax = profile(result, variable, ax)
@@ -146,6 +157,17 @@ def dimension_bars(result: xr.Dataset, variable: str, ax: Axes | None = None) ->
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> result = actstore.dimensionality(data, layers=1)
+    >>> ax = dimension_bars(result, "participation_ratio", Figure().subplots())
+    >>> ax.get_xlabel().splitlines()
+    ['participation ratio', 'dashed: normal data']
     """
     result = holding(result, str(result.attrs.get("query", "dimensionality")), variable)
     group = str(result.attrs.get("by"))
@@ -218,6 +240,16 @@ def dimension_scatter(
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> ax = dimension_scatter(actstore.dimensionality(data), Figure().subplots())
+    >>> ax.get_ylabel().split()
+    ['components', 'for', '0.95', 'of', 'the', 'variance']
     """
     result = holding(result, "dimensionality", "participation_ratio")
     parts = stages_of(result)
@@ -300,6 +332,16 @@ def intrinsic_dimensions(result: Result, figure: Figure | SubFigure | None = Non
     Returns
     -------
     ndarray of Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> axes = intrinsic_dimensions(actstore.intrinsic_dimension(data), Figure())
+    >>> axes.shape, axes[0, 0].get_xlabel()
+    ((1, 1), 'layer')
     """
     draws = [partial(over_layers, variable="dimension")]
     return panels_over_layers(draws, loaded(result), figure)
@@ -442,6 +484,16 @@ def spectrum(
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> ax = spectrum(actstore.spectrum(data), "variance", Figure().subplots())
+    >>> len(ax.lines), ax.get_xlabel()
+    (3, 'component')
     """
     result = holding(result, "spectrum", variable)
     allowed = ("stage", "layer", *grouping(result))
@@ -485,6 +537,16 @@ def spectra(result: Result, figure: Figure | SubFigure | None = None) -> np.ndar
     Returns
     -------
     ndarray of Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> axes = spectra(actstore.spectrum(data), Figure())
+    >>> axes.shape
+    (1, 2)
     """
     result = loaded(result)
     parts, deep = stages_of(result), _n_layers(result) > 1

@@ -55,6 +55,7 @@ __all__ = [
     "peak_positions",
     "profile",
     "profiles",
+    "quantile_panels",
     "quantiles",
 ]
 
@@ -90,6 +91,17 @@ def histogram(
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> result = actstore.histogram(data, bins=10, range=(-3, 3))
+    >>> ax = histogram(result.sel(layer=1), Figure().subplots())
+    >>> ax.get_xlabel(), ax.get_title(loc="left")
+    ('activation', 'mlp_out, layer 1')
     """
     result, name = _held(result)
     group = result.attrs.get("by")
@@ -194,6 +206,16 @@ def histograms(
     Returns
     -------
     ndarray of Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> axes = histograms(actstore.histogram(data, bins=10, range=(-3, 3)), Figure())
+    >>> [ax.get_yscale() for ax in axes.flat]
+    ['linear', 'log']
     """
     result = loaded(result)
     parts = stages_of(result)
@@ -242,6 +264,17 @@ def neuron_panels(
     Returns
     -------
     ndarray of Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> one = actstore.histogram(data, layers=1, per="neuron", bins=10, range=(-3, 3))
+    >>> axes = neuron_panels(one, actstore.zeroness(data, layers=1), Figure())
+    >>> [ax.get_title(loc="left").splitlines()[0] for ax in axes.flat]
+    ['zeroed: 3 neurons', 'not zeroed: 1 neurons']
     """
     flags = holding(flags, "zeroness", "zeroed", "centred_on_zero")
     flag = flags["zeroed" if "zeroed" in flags else "centred_on_zero"]
@@ -290,6 +323,18 @@ def neuron_peaks(result: xr.Dataset, peaks: xr.Dataset, ax: Axes | None = None) 
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> one = actstore.histogram(data, layers=1, per="neuron", bins=10, range=(-3, 3))
+    >>> found = actstore.peaks(data, layers=1, height=2)
+    >>> ax = neuron_peaks(one, found, Figure().subplots())
+    >>> ax.get_xlabel()
+    'activation'
     """
     result, name = _held(result)
     peaks = holding(peaks, "peaks", "peak_position")
@@ -332,6 +377,16 @@ def peak_positions(result: xr.Dataset, ax: Axes | None = None) -> Axes:
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> ax = peak_positions(actstore.peaks(data, height=2), Figure().subplots())
+    >>> ax.get_xlabel()
+    'layer'
     """
     result = holding(result, "peaks", "position")
     check_dims(result["position"], "layer", "neuron")
@@ -371,6 +426,17 @@ def quantiles(result: xr.Dataset, ax: Axes | None = None) -> Axes:
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> result = actstore.quantiles(data, q=[0.05, 0.5, 0.95])
+    >>> ax = quantiles(result, Figure().subplots())
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['0.05 to 0.95', '0.5']
     """
     result = holding(result, "quantiles", "quantile")
     check_dims(result["quantile"], "layer", "q")
@@ -400,6 +466,35 @@ def quantiles(result: xr.Dataset, ax: Axes | None = None) -> Axes:
     return tidy(ax, heading(result, but=["layer"]), "layer", described(result["quantile"]))
 
 
+def quantile_panels(result: Result, figure: Figure | SubFigure | None = None) -> np.ndarray:
+    """Draw quantiles over layers, in a panel for each stage and group.
+
+    Parameters
+    ----------
+    result : Dataset or DataTree
+        From `actstore.quantiles`.
+    figure : Figure or SubFigure, optional
+        Where to draw; default a new figure.
+
+    Returns
+    -------
+    ndarray of Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> quantile_panels(actstore.quantiles(data), Figure()).shape
+    (1, 1)
+    """
+    axes = facets(quantiles, result, figure, (3.6, 2.6), ["layer"])
+    if axes.size > 1:  # in each panel it would cover the bands
+        share_legend(axes)
+    return axes
+
+
 def profile(result: Result, variable: str, ax: Axes | None = None, *, log: bool = False) -> Axes:
     """Draw one variable over layers, a line for each stage, or for each group of one stage.
 
@@ -420,6 +515,16 @@ def profile(result: Result, variable: str, ax: Axes | None = None, *, log: bool 
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> ax = profile(actstore.moments(data), "std", Figure().subplots())
+    >>> ax.get_title(loc="left"), ax.get_xlabel()
+    ('mlp_out, std', 'layer; median and middle half of neurons')
     """
     result = loaded(result)
     parts = stages_of(result)
@@ -493,6 +598,16 @@ def profiles(
     Returns
     -------
     ndarray of Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> axes = profiles(actstore.moments(data), Figure(), variables=("mean", "std"))
+    >>> [ax.get_title(loc="left") for ax in axes.flat]
+    ['mlp_out, mean', 'mlp_out, std']
     """
     result = loaded(result)
     parts = stages_of(result)

@@ -282,6 +282,17 @@ def information_density(
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> result = actstore.mutual_information(data, layers=1)
+    >>> ax = information_density(result, ax=Figure().subplots())
+    >>> ax.get_xlabel()
+    'mutual information (bit)'
     """
     result = holding(_counted(loaded(result)), "mutual_information", f"counts_{variable}")
     found = check_dims(result[f"mean_{variable}"], "stage", "layer", *grouping(result), most=1)
@@ -370,6 +381,17 @@ def information_depth(result: Result, figure: Figure | SubFigure | None = None) 
     ndarray of Axes
         A row for each variable, and of each stage where there are several groups: a distribution
         for each group or stage, then the means.
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> result = actstore.mutual_information(data, reduce="histogram")
+    >>> axes = information_depth(result, Figure())
+    >>> axes.shape
+    (2, 2)
     """
     result = _counted(loaded(result))
     names = [n for n in _NAMES if f"counts_{n}" in result]
@@ -447,6 +469,17 @@ def information_scatter(
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> result = actstore.mutual_information(data, layers=1)
+    >>> ax = information_scatter(result, Figure().subplots())
+    >>> len(ax.collections[0].get_offsets())
+    190
     """
     parts = _parts(loaded(result))
     ax = new_axes(ax)
@@ -510,6 +543,17 @@ def information_map(
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> result = actstore.mutual_information(data, layers=1, reduce="joint")
+    >>> ax = information_map(result, Figure().subplots())
+    >>> ax.get_xlabel(), ax.get_ylabel()
+    ('covariance (activation^2)', 'mutual information (bit)')
     """
     from matplotlib.colors import LogNorm
 
@@ -657,6 +701,8 @@ def _of_one_place(
         images = [image for ax in row for image in ax.images]
         scale_bar(images, list(row[:n]), _words(next(iter(parts.values()))[name]))
         information_density(counted, name, row[n])
+        if name != names[0] and row[n].get_legend() is not None:  # the same as in the row above
+            row[n].get_legend().remove()
     if both and n == 1:
         information_scatter(result, axes[0, 2])
         axes[1, 2].set_axis_off()

@@ -117,6 +117,18 @@ def label_ranks(result: xr.Dataset, ax: Axes | None = None, *, depth: Depth | No
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> data = data.assign_coords(condition=("token", ["internal", "terminal"] * 10))
+    >>> result = actstore.label_information(data)
+    >>> ax = label_ranks(result, Figure().subplots())
+    >>> ax.get_xlabel()
+    'neurons by rank'
     """
     result = holding(result, "label_information", "information")
     check_dims(result["information"], "layer", "neuron", "rank")
@@ -151,6 +163,18 @@ def label_profile(result: Result, ax: Axes | None = None) -> Axes:
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> data = data.assign_coords(condition=("token", ["internal", "terminal"] * 10))
+    >>> result = actstore.label_information(data)
+    >>> ax = label_profile(result, Figure().subplots())
+    >>> ax.get_ylabel().split()
+    ['information', 'about', 'condition', '(bit)']
     """
     result = loaded(result)
     best = [_best(part) for part in stages_of(result).values()]
@@ -186,6 +210,17 @@ def labels(result: Result, figure: Figure | SubFigure | None = None) -> np.ndarr
     Returns
     -------
     ndarray of Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> data = data.assign_coords(condition=("token", ["internal", "terminal"] * 10))
+    >>> axes = labels(actstore.label_information(data), Figure())
+    >>> axes.shape
+    (1, 2)
     """
     result = loaded(result)
     parts = stages_of(result)

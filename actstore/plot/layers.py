@@ -119,6 +119,16 @@ def layer_covariances(result: Result, figure: Figure | SubFigure | None = None) 
     Returns
     -------
     ndarray of Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> axes = layer_covariances(actstore.layer_covariance(data), Figure())
+    >>> [ax.get_title(loc="left") for ax in axes.flat]
+    ['mlp_out, covariance', 'mlp_out, R²']
     """
     result = holding(result, "layer_covariance", "covariance")
     cells = [own for part in stages_of(result).values() for own in cells_of(part)]

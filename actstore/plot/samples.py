@@ -83,6 +83,16 @@ def scatter(
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> ax = scatter(data[1], Figure().subplots())
+    >>> ax.get_xlabel()
+    'neuron'
     """
     if along not in ("neuron", "token"):
         raise UnknownNameError("axis", along, ("neuron", "token"))
@@ -133,6 +143,16 @@ def samples(result: Result, figure: Figure | SubFigure | None = None) -> np.ndar
     Returns
     -------
     ndarray of Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> axes = samples(actstore.sample(data, layers=1, n=10), Figure())
+    >>> [ax.get_xlabel() for ax in axes.flat]
+    ['neuron', 'token, in order']
     """
     result = loaded(result)
     parts = stages_of(result)
@@ -159,6 +179,16 @@ def pair_plot(result: xr.Dataset, figure: Figure | SubFigure | None = None) -> n
     Returns
     -------
     ndarray of Axes (layer, layer)
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> axes = pair_plot(actstore.sample(data, unit="value", n=50), Figure())
+    >>> axes.shape
+    (3, 3)
     """
     result = holding(result, "sample", "activation")
     drawn = result["activation"]
@@ -213,6 +243,18 @@ def conditions(result: xr.Dataset, ax: Axes | None = None) -> Axes:
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> data = data.assign_coords(condition=("token", ["internal", "terminal"] * 10))
+    >>> result = actstore.mean_activation(data, layers=1, by="condition")
+    >>> ax = conditions(result, Figure().subplots())
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['internal', 'terminal']
     """
     result = holding(result, "mean_activation", "mean")
     means = _condition_means(result)
@@ -243,6 +285,18 @@ def condition_scatter(result: xr.Dataset, ax: Axes | None = None) -> Axes:
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> data = data.assign_coords(condition=("token", ["internal", "terminal"] * 10))
+    >>> result = actstore.mean_activation(data, layers=1, by="condition")
+    >>> ax = condition_scatter(result, Figure().subplots())
+    >>> ax.get_xlabel()
+    'mean activation, condition internal'
     """
     result = holding(result, "mean_activation", "mean")
     means = _condition_means(result)
@@ -291,6 +345,18 @@ def means(result: Result, figure: Figure | SubFigure | None = None) -> np.ndarra
     Returns
     -------
     ndarray of Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> data = data.assign_coords(condition=("token", ["internal", "terminal"] * 10))
+    >>> result = actstore.mean_activation(data, layers=1, by="condition")
+    >>> axes = means(result, Figure())
+    >>> axes.shape
+    (1, 2)
     """
     result = loaded(result)
     parts = stages_of(result)
@@ -321,6 +387,17 @@ def top_tokens(result: xr.Dataset, ax: Axes | None = None) -> Axes:
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> result = actstore.top_tokens(data, layers=1, neurons=2, k=5)
+    >>> ax = top_tokens(result, Figure().subplots())
+    >>> len(ax.patches)
+    5
     """
     result = holding(result, "top_tokens", "value")
     check_dims(result["value"], "rank")
@@ -361,6 +438,16 @@ def top_tokens_panels(result: Result, figure: Figure | SubFigure | None = None) 
     Returns
     -------
     ndarray of Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> axes = top_tokens_panels(actstore.top_tokens(data, layers=1, k=5), Figure())
+    >>> axes.shape
+    (1, 4)
     """
     cells: list[tuple[float, xr.Dataset]] = []
     total = 0

@@ -192,6 +192,16 @@ def token_matrices(result: Result, figure: Figure | SubFigure | None = None) -> 
     Returns
     -------
     ndarray of Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> axes = token_matrices(actstore.cosine_matrix(data), Figure())
+    >>> axes.shape
+    (1, 3)
     """
     result = loaded(result)
     if isinstance(result, xr.Dataset) and "density" in result:
@@ -328,6 +338,17 @@ def pair_profile(result: xr.Dataset, ax: Axes | None = None) -> Axes:
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> result = actstore.rsa(data, data_b=data + acts[::-1])
+    >>> ax = pair_profile(result, Figure().subplots())
+    >>> ax.get_xlabel(), ax.get_ylabel()
+    ('layer', 'correlation of similarities')
     """
     result, name = _compared(result)
     check_dims(result[name], "layer", "pair")
@@ -396,6 +417,17 @@ def pair_bars(result: xr.Dataset, ax: Axes | None = None) -> Axes:
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> result = actstore.rsa(data, pairs="mlp_out@0:mlp_out@1,mlp_out@1:mlp_out@2")
+    >>> ax = pair_bars(result, Figure().subplots())
+    >>> [text.get_text() for text in ax.get_yticklabels()]
+    ['mlp_out@0:mlp_out@1', 'mlp_out@1:mlp_out@2']
     """
     result, name = _compared(result)
     group = str(result.attrs.get("by"))
@@ -440,6 +472,17 @@ def pair_map(
     Returns
     -------
     Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> result = actstore.rsa(data, data_b=data + acts[::-1])
+    >>> ax = pair_map(result, Figure().subplots())
+    >>> ax.images[0].get_array().shape
+    (1, 3)
     """
     result, name = _compared(result)
     check_dims(result[name], "layer", "pair")
@@ -471,6 +514,16 @@ def comparisons(result: Result, figure: Figure | SubFigure | None = None) -> np.
     Returns
     -------
     ndarray of Axes
+
+    Examples
+    --------
+    >>> import actstore, numpy as np, xarray as xr
+    >>> from matplotlib.figure import Figure
+    >>> acts = np.random.default_rng(0).normal(size=(3, 20, 4)).astype("float32")
+    >>> data = xr.DataArray(acts, dims=("layer", "token", "neuron"), name="mlp_out")
+    >>> axes = comparisons(actstore.rsa(data, pairs="layers"), Figure())
+    >>> axes[0, 0].images[0].get_array().shape
+    (3, 3)
     """
     result, name = _compared(result)
     pairs, layers = result.sizes.get("pair", 1), result.sizes.get("layer", 1)

@@ -111,12 +111,44 @@ MOST_IN_LEGEND = len(_GROUPS)
 
 
 def stage_colour(stage: str) -> str:
-    """The colour of a stage, the same in every picture."""
+    """The colour of a stage, the same in every picture.
+
+    Parameters
+    ----------
+    stage : str
+        Any name; those that are not actstore's own get a grey.
+
+    Returns
+    -------
+    str
+        As Matplotlib names colours.
+
+    Examples
+    --------
+    >>> stage_colour("mlp_in") == stage_colour("mlp_post")
+    False
+    """
     return _style(stage)[0]
 
 
 def stage_marker(stage: str) -> str:
-    """The marker of a stage, the same in every picture."""
+    """The marker of a stage, the same in every picture.
+
+    Parameters
+    ----------
+    stage : str
+        Any name.
+
+    Returns
+    -------
+    str
+        As Matplotlib names markers.
+
+    Examples
+    --------
+    >>> stage_marker("mlp_in") == stage_marker("mlp_post")
+    False
+    """
     return _style(stage)[1]
 
 
