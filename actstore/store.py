@@ -617,8 +617,11 @@ class Store:
 
     def _index(self, key: str, of: str) -> np.ndarray:
         """A column that counts rows of another table, or codes of labels: all within it."""
-        words = () if self.vocabulary is None else self.vocabulary
-        size = len(words) if of == "vocab" else self.attrs["corpus"][of]
+        if of == "vocab":
+            words = self._nodes.get("vocabulary/token_text")
+            size = words["shape"][0] if words else 0
+        else:
+            size = self.attrs["corpus"][of]
         return self._within(key, self._values(key), size)
 
     def _within(self, key: str, values: np.ndarray, size: int) -> np.ndarray:

@@ -194,7 +194,8 @@ def test_nothing_asked(command: Command) -> None:
 EXAMPLES = [
     (name, entry.epilog.removeprefix("Example: "))
     for name, entry in commands().items()
-    if not hasattr(entry, "commands") and not name.startswith(("actstore bench", "actstore serve"))
+    if not hasattr(entry, "commands")
+    and not name.startswith(("actstore bench", "actstore serve", "actstore push", "actstore pull"))
 ]
 
 

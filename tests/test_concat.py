@@ -114,6 +114,7 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 @pytest.mark.parametrize("name", QUERIES)
 def test_every_query(

@@ -103,6 +103,7 @@ def test_progress_does_not_hide_a_failure(
         actstore.compute(query, progress=lambda *_: None)
 
 
+@pytest.mark.slow
 def test_no_activations_come_to_the_client(
     store: actstore.Store, client: distributed.Client
 ) -> None:

@@ -111,11 +111,11 @@ def killed_and_rerun(
     return hit
 
 
-def test_killed_at_30_random_moments(
+def test_killed_at_random_moments(
     warm: Warm, text: Path, reference: Reference, tmp_path: Path
 ) -> None:
-    hit = killed_and_rerun(warm, text, reference, tmp_path, each=10, seed=11)
-    assert sum(hit[where] for where in PHASES) >= 30, hit
+    hit = killed_and_rerun(warm, text, reference, tmp_path, each=3, seed=11)
+    assert sum(hit[where] for where in PHASES) >= 9, hit
 
 
 @pytest.mark.slow
@@ -553,6 +553,7 @@ def test_torchrun(text: Path, reference: Reference, tmp_path: Path) -> None:
     assert_same_tree(path, reference.tree)
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(text: Path, reference: Reference, tmp_path: Path) -> None:
     """Nothing above depends on the warm process: killed and rerun from nothing."""
     path = tmp_path / "book.zarr"

@@ -359,6 +359,7 @@ def test_it_reads_ahead_and_no_further(made) -> None:
     assert not threads()
 
 
+@pytest.mark.slow
 def test_threads_end_with_the_iteration(made) -> None:
     store, _ = made
     assert not threads()

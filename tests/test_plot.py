@@ -606,6 +606,7 @@ def test_every_query_has_a_picture_here() -> None:
     assert set(_EXAMPLES) == set(plot.PLOTS) <= set(QUERIES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 def test_nothing_overlaps_or_leaves_the_picture(name: str, store: Any) -> None:
     made = figure()

@@ -338,6 +338,7 @@ def test_every_query_with_a_picture_is_drawn_somewhere() -> None:
     assert {name.split(",")[0].split()[0] for name in every} == set(plot.PLOTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 def test_nothing_overlaps_or_leaves_the_picture(name: str, store: Any) -> None:
     drawn = figure()

@@ -680,6 +680,7 @@ OWN: dict[str, Callable[[Any, Figure], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*PICTURES, *OWN])
 def test_nothing_overlaps_or_leaves_the_picture(name: str, store: Any) -> None:
     drawn = figure()

@@ -101,6 +101,7 @@ def same_answers(place: str, expected: list[Any]) -> None:
             assert found[name].equals(right[name]), name
 
 
+@pytest.mark.slow
 def test_the_whole_cycle(bucket: str, local: Path) -> None:
     """Dump, open, ask, verify, dump again: as in a folder, to the byte."""
     url = f"{bucket}/run.zarr"

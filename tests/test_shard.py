@@ -545,7 +545,7 @@ def test_direct_and_buffered_writes_give_the_same_bytes(
     place.put("refused", buffer, nbytes)
     assert any(name.startswith("refused") for name in buffered)
     assert place.get("direct") == place.get("bytes") == place.get("refused") == data.tobytes()
-    assert place.keys(".") == ["./bytes", "./direct", "./refused"]
+    assert sorted(os.listdir(place.root)) == ["bytes", "direct", "refused"]
     assert direct_worked or not buffered[0].startswith("bytes")
 
 
