@@ -54,7 +54,7 @@ _HOME = {
     "save": "wire",
     "spectrum": "queries",
     "top_tokens": "queries",
-    "verify": "store",
+    "verify": "verifying",
     "zeroness": "queries",
 }
 _ALIAS = {"open": "open_store", "build_corpus": "build"}
@@ -140,11 +140,12 @@ if TYPE_CHECKING:
     )
     from .queries.result import compute
     from .records import read_records
-    from .store import Store, verify
+    from .store import Store
     from .store import open_store as open
     from .travel.card import card
     from .travel.export import export
     from .travel.imports import import_from
+    from .verifying import verify
     from .wire import save
     from .writer import Writer
 

@@ -19,12 +19,13 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from .arrays import ShardedArray, full_key
 from .errors import UnknownNameError, UsageError
 from .schema import TOKEN_COORDS, Categorical
 from .sketched import Sketches
 from .stats.moments import merge_moments
 from .stats.streaming import State
-from .store import ShardedArray, Store, full_key, open_store
+from .store import Store, open_store
 
 __all__ = ["ConcatArray", "ConcatStore", "block_bounds", "concat", "open_any", "value_type"]
 

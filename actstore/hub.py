@@ -21,7 +21,8 @@ from .errors import ActstoreError, CorruptStoreError, StoreError, UsageError, Wr
 from .places import is_url, is_zip
 from .root import read_manifest
 from .storage import LocalStorage
-from .store import Store, open_store, verify
+from .store import Store, open_store
+from .verifying import verify
 
 __all__ = ["pull", "push"]
 

@@ -11,6 +11,7 @@ import numpy as np
 import zarr
 
 from . import journal, sketch
+from .arrays import ShardedArray
 from .errors import UsageError
 from .places import storage_at, zarr_at
 from .plan import StagePlan
@@ -19,7 +20,7 @@ from .seal import put_all, root_document, scan_part
 from .skeleton import Skeleton, build_sketches
 from .sketched import strata_codes
 from .storage import Storage
-from .store import ShardedArray, Store, open_store
+from .store import Store, open_store
 
 __all__ = ["add_sketches"]
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import html
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +12,10 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 import zarr
-from crc32c import crc32c
 
 from . import journal
 from .aliases import stage_of
+from .arrays import ShardedArray
 from .errors import (
     CorruptStoreError,
     NotAStoreError,
@@ -28,126 +25,18 @@ from .errors import (
     UsageError,
 )
 from .guard import Guard, stamp_of
-from .journal import Record, ShardRecord
 from .like import select_like
 from .places import absolute, is_url, last_name, storage_at
 from .root import AGAIN, check_hash, read_manifest, read_root
 from .schema import METADATA_NBYTES, STAGES, TABLES, TOKEN_COORDS, Categorical, pick
-from .shard import Layout, digest, read_pieces, read_shard
+from .shard import Layout
 from .sketched import Sketched, Sketches, strata_codes
 from .storage import Storage
 
 if TYPE_CHECKING:
     from .loader import Loader
 
-__all__ = ["Problem", "ShardedArray", "Store", "open_store", "verify"]
-
-_AT_ONCE = 4
-"""Shards that one selection reads side by side, where it meets so many."""
-
-
-class ShardedArray:
-    """One stage's activations, read shard by shard with every checksum checked.
-
-    Behaves as an array to dask: ``array[layer, tokens, neurons]`` reads just the inner chunks that
-    slices meet, or that lie between the least and the greatest of a list of indices (one list at a
-    time). Holds a path, never an open handle, so it can be sent to workers.
-
-    Attributes
-    ----------
-    shape, dtype, ndim
-        Of the whole array (layer, token, neuron).
-    """
-
-    ndim = 3
-
-    def __init__(self, root: str, folder: str, shape: tuple[int, int, int], layout: Layout) -> None:
-        self.root, self.folder, self.shape, self.layout = root, folder, shape, layout
-        self.dtype = np.dtype(layout.dtype)
-
-    def __getitem__(self, key: Any) -> np.ndarray:
-        wanted: list[range | np.ndarray] = []
-        squeeze = []
-        for axis, (part, size) in enumerate(zip(full_key(key), self.shape, strict=True)):
-            if isinstance(part, (int, np.integer)):
-                at = range(size)[int(part)]
-                wanted.append(range(at, at + 1))
-                squeeze.append(axis)
-            elif isinstance(part, slice):
-                wanted.append(range(size)[part])
-            else:
-                wanted.append(np.arange(size)[part])
-        if sum(isinstance(w, np.ndarray) for w in wanted) > 1:
-            raise IndexError("one list of indices at a time")
-        if not all(len(w) for w in wanted):
-            return np.empty([len(w) for i, w in enumerate(wanted) if i not in squeeze], self.dtype)
-        layers, tokens, neurons = hulls = [_hull(w) for w in wanted]
-        out = np.empty([_length(s) for s in hulls], self.dtype)
-        for i, layer in enumerate(range(layers.start, layers.stop)):
-            self._read(layer, tokens, neurons, out[i])
-        inside = tuple(
-            slice(None, None, w.step) if isinstance(w, range) else w - hull.start
-            for w, hull in zip(wanted, hulls, strict=True)
-        )
-        return np.squeeze(out[inside], tuple(squeeze))
-
-    def _read(self, layer: int, tokens: slice, neurons: slice, out: np.ndarray) -> None:
-        storage, rows = storage_at(self.root), self.layout.rows
-
-        def read(block: int) -> None:
-            top = block * rows
-            a, b = max(tokens.start, top), min(tokens.stop, top + rows)
-            with storage.reader(f"{self.folder}/c.{layer}.{block}.0") as reader:
-                target = out[a - tokens.start : b - tokens.start]
-                read_shard(self.layout, reader, slice(a - top, b - top), neurons, target)
-
-        blocks = range(tokens.start // rows, -(-tokens.stop // rows))
-        if len(blocks) < _AT_ONCE:  # dask's own threads read a block each
-            for block in blocks:
-                read(block)
-            return
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for _ in pool.map(read, blocks):  # the first error ends it
-                pass
-
-    def pieces(
-        self, layer_index: int, block: int, chunk_rows: Iterable[int], nbytes: int
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """Decode rows of inner chunks of one shard, about `nbytes` at a time: `read_pieces`."""
-        key = f"{self.folder}/c.{layer_index}.{block}.0"
-        with storage_at(self.root).reader(key) as reader:
-            yield from read_pieces(self.layout, reader, chunk_rows, nbytes)
-
-
-def full_key(key: Any) -> tuple[Any, Any, Any]:
-    """An index of an array of three dimensions, with all that is left out of it."""
-    key = key if isinstance(key, tuple) else (key,)
-    for at in [i for i, part in enumerate(key) if part is Ellipsis][:1]:
-        key = key[:at] + (slice(None),) * (4 - len(key)) + key[at + 1 :]
-    if len(key) > 3:
-        raise IndexError(f"{len(key)} indices for an array of 3 dimensions")
-    return (*key, *(slice(None),) * (3 - len(key)))
-
-
-def _hull(values: range | np.ndarray) -> slice:
-    """The smallest slice of step 1 that covers some indices."""
-    ends = (values[0], values[-1]) if isinstance(values, range) else (values.min(), values.max())
-    return slice(int(min(ends)), int(max(ends)) + 1)
-
-
-def _length(s: slice) -> int:
-    return s.stop - s.start
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that `verify` found wrong."""
-
-    key: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.what}"
+__all__ = ["Store", "open_store"]
 
 
 class Store:
@@ -855,12 +744,12 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     >>> float(store["mlp_post"].sel(layer=1).mean())
     1.0
     """
-    root, store = _opened(path)
+    root, store = opened(path)
     check_hash(root, os.fspath(path))
     return store
 
 
-def _opened(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], Store]:
+def opened(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], Store]:
     """A store and its root, whose facts may still be others than those that were sealed."""
     storage, shown = storage_at(path), os.fspath(path)
     data = storage.get("zarr.json", METADATA_NBYTES)
@@ -898,146 +787,3 @@ def _not_open(storage: Storage, shown: str) -> NotAStoreError | UnfinishedStoreE
         f"{shown} is not finished: {done} of {total} blocks are complete. Run the same dump "
         "command again to go on with it"
     )
-
-
-# -- verifying -----------------------------------------------------------------------------
-
-
-def verify(path: str | os.PathLike[str]) -> Iterator[tuple[str, Problem | None]]:
-    """Read every object of a sealed store against its digest.
-
-    Parameters
-    ----------
-    path : path
-        The store.
-
-    Yields
-    ------
-    key : str
-        Each object, as it is checked.
-    problem : Problem or None
-        What is wrong with it. Rerunning the dump redoes just what is damaged.
-
-    Examples
-    --------
-    >>> import actstore, tempfile
-    >>> corpus = actstore.build_corpus([[1, 2, 3], [4, 5]])
-    >>> plan = actstore.Plan.build(corpus, [actstore.StageSpec("mlp_post", (0, 1), width=32)])
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> with actstore.Writer(f"{folder.name}/run.zarr", plan) as writer:
-    ...     for layer in (0, 1):
-    ...         writer.put("mlp_post", layer, token=0, values=np.ones((5, 32), "float32"))
-    >>> [key for key, problem in actstore.verify(f"{folder.name}/run.zarr") if problem]
-    []
-    """
-    storage = storage_at(path)
-    _, store = _opened(path)
-    manifest = read_manifest(storage)
-    for key, (size, checksum) in manifest["objects"].items():
-        yield key, _check_object(storage, key, size, checksum)
-    stored = journal.read_plan(storage)
-    if stored is None:
-        yield journal.PLAN, Problem(journal.PLAN, "missing")
-        return
-    yield "zarr.json", _check_root(storage, store, manifest["objects"], stored)
-    blocks = -(-store.n_tokens // store.attrs["capture"]["block_tokens"])
-    due = {
-        "tokens": store.n_tokens,
-        "blocks": blocks,
-        "passes": store.attrs["capture"]["passes"],
-    }
-    wrong = [name for name, value in due.items() if stored[name] != value]
-    if wrong:
-        yield journal.PLAN, Problem(journal.PLAN, f"its {', '.join(wrong)} are not the root's")
-        return
-    records = []
-    for index in range(stored["passes"]):
-        for block in range(stored["blocks"]):
-            key = journal.record_key(index, block)
-            record = Record.read(storage, index, block)
-            records.append(storage.get(key) or b"")
-            if record is None:
-                yield key, Problem(key, "the journal record is missing or damaged")
-                continue
-            yield key, None
-            for shard in record.shards:
-                yield shard.key, _check_shard(storage, store, shard, block, stored["tokens"])
-    if crc32c(b"".join(records)) != manifest["records"]["crc32c"]:
-        yield (
-            journal.MANIFEST,
-            Problem(journal.MANIFEST, "the journal is not the one that was sealed"),
-        )
-
-
-def object_count(path: str | os.PathLike[str]) -> int:
-    """How many objects `verify` will check."""
-    storage = storage_at(path)
-    _, store = _opened(path)
-    manifest = read_manifest(storage)
-    blocks = -(-store.n_tokens // store.attrs["capture"]["block_tokens"])
-    layers = sum(len(s["layers"]) for s in store.attrs["capture"]["stages"].values())
-    return 1 + len(manifest["objects"]) + manifest["records"]["count"] + blocks * layers
-
-
-def _check_root(
-    storage: Storage, store: Store, objects: Mapping[str, Any], stored: Mapping[str, Any]
-) -> Problem | None:
-    """Compare the root, which no digest covers, with what it repeats: metadata and plan."""
-    members = {key.removesuffix("/zarr.json") for key in objects if key.endswith("/zarr.json")}
-    if store._nodes.keys() != members:
-        return Problem("zarr.json", "does not name the arrays and groups that the manifest does")
-    for name, node in store._nodes.items():
-        try:
-            own = json.loads(storage.get(f"{name}/zarr.json", METADATA_NBYTES) or b"null")
-        except (ValueError, RecursionError, CorruptStoreError):
-            own = None
-        own, repeated = ({**(n or {}), "consolidated_metadata": None} for n in (own, node))
-        if own != repeated:
-            return Problem("zarr.json", f"its metadata of {name} is not {name}/zarr.json's")
-    facts = {**stored["config"], "config_hash": stored["config_hash"], "format": stored["format"]}
-    for fact, value in facts.items():
-        if store.attrs.get(fact) != value:
-            return Problem("zarr.json", f"its {fact} is not the plan's")
-    return None
-
-
-def _check_object(
-    storage: Storage, key: str, size: int, checksum: int, layout: Layout | None = None
-) -> Problem | None:
-    try:
-        data = storage.get(key, size)
-    except StoreError as error:
-        return Problem(key, str(error))
-    if data is None:
-        return Problem(key, "missing")
-    if len(data) != size:
-        return Problem(key, f"has {len(data):,} bytes instead of {size:,}")
-    if (crc32c(data) if layout is None else digest(layout, data)) != checksum:
-        return Problem(key, "its checksum does not match")
-    return None
-
-
-def _check_shard(
-    storage: Storage, store: Store, shard: ShardRecord, block: int, tokens: int
-) -> Problem | None:
-    folder = shard.key.rpartition("/")[0]
-    if folder not in store._nodes:
-        return Problem(shard.key, "is in no array of the store")
-    layout = Layout.of_array(store._nodes[folder])
-    problem = _check_object(storage, shard.key, shard.nbytes, shard.checksum, layout)
-    if problem is not None or layout is None:
-        return problem
-    rows = min(layout.rows, tokens - block * layout.rows)
-    values = np.empty((rows, layout.width), layout.dtype)
-    try:
-        with storage.reader(shard.key) as reader:
-            read_shard(layout, reader, slice(0, rows), slice(0, layout.width), values)
-    except CorruptStoreError as error:
-        return Problem(shard.key, str(error))
-    finite = values[np.isfinite(values)]
-    same = values.size - finite.size == shard.summary.nonfinite and (
-        not finite.size
-        or (float(finite.min()), float(finite.max()))
-        == (shard.summary.minimum, shard.summary.maximum)
-    )
-    return None if same else Problem(shard.key, "its values are not those that were summed up")

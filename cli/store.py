@@ -49,7 +49,7 @@ def info(store: StorePath, as_json: Json = False) -> None:
 def verify(store: StorePath, as_json: Json = False) -> None:
     """Read every object of a store against its digest."""
     import actstore
-    from actstore.store import object_count
+    from actstore.verifying import object_count
 
     problems = []
     checked = 0

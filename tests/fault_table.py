@@ -204,7 +204,8 @@ class Lab:
         if "Traceback" in run.stderr:
             row.crashed += 1
             row.details.append(run.stderr[-600:])
-        row.say(shown(run.stderr.strip().splitlines()[-1], place))
+        lines = run.stderr.strip().splitlines() or ["(stopped before it said anything)"]
+        row.say(shown(lines[-1], place))
 
     def mend(
         self,

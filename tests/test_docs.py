@@ -25,6 +25,7 @@ import actstore_cli
 import boto3
 import make_reference as reference
 import pytest
+import torch
 from helpers import prose
 from hub_server import TOKEN, hub_server
 from markdown_it import MarkdownIt
@@ -94,7 +95,11 @@ class Reader:
     def __init__(self, long: bool = True) -> None:
         self.long = long
         self._names: dict[str, Any] = {"__name__": "reader"}
-        self._environment = dict(os.environ)  # a dask Client changes this process's own
+        # A dask Client changes this process's own; its threads are part of what a dump is.
+        threads = dict.fromkeys(
+            ("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads())
+        )
+        self._environment = {**os.environ, **threads}
         self._port = str(free_port())
         self._servers: list[subprocess.Popen[str]] = []
 

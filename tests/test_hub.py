@@ -45,6 +45,7 @@ class Client:
         self._env = {
             **os.environ,
             "HF_ENDPOINT": address,
+            "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(home),
             "HF_TOKEN": TOKEN,
             "HF_HUB_DISABLE_XET": "1",  # its storage is another protocol, of the real Hub only

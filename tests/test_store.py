@@ -44,6 +44,7 @@ from hypothesis import strategies as st
 
 import actstore
 from actstore import journal, skeleton
+from actstore.arrays import ShardedArray
 from actstore.corpus import label_column
 from actstore.errors import (
     CorruptStoreError,
@@ -56,7 +57,7 @@ from actstore.errors import (
 from actstore.plan import StageSpec
 from actstore.schema import Categorical
 from actstore.storage import LocalStorage, counters
-from actstore.store import ShardedArray, object_count
+from actstore.verifying import object_count
 from actstore.writer import Writer
 
 WIDTHS = {s.name: s.width for s in STAGES}

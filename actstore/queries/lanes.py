@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import ShardedArray
 from ..stats.streaming import State, Statistic
-from ..store import ShardedArray
 
 __all__ = ["Lane", "keep_memory", "run_lane"]
 
