@@ -140,6 +140,7 @@ def die_at_operations(
             shutil.rmtree(path)
 
 
+@pytest.mark.slow
 def test_killed_between_single_operations(
     warm: Warm, text: Path, reference: Reference, tmp_path: Path
 ) -> None:

@@ -174,6 +174,7 @@ def dump_encoder(
     assert stock["first"] == "[CLS]"
 
 
+@pytest.mark.slow
 def test_encoder_over_a_chapter(encoder: tuple[nn.Module, Any], tmp_path: Path) -> None:
     dump_encoder(encoder, prose(40_000), tmp_path / "chapter.zarr", [0, 5], every=3)
 
