@@ -394,12 +394,13 @@ def read_pieces(
     most = min(wide, max(1, nbytes // layout.chunk_nbytes), _MOST_CHUNKS)
     dtype = np.dtype(layout.dtype)
     held = np.empty((most, layout.chunk_rows, layout.chunk_width), dtype)
+    raw: np.ndarray | None = None
     for i in chunk_rows:
         for first in range(0, wide, most):
             last = min(first + most, wide)
             values = held[: last - first]
             if not _read_in_place(layout, reader, index, i, first, values):
-                raw = _room(layout, last - first)
+                raw = _room(layout, most) if raw is None else raw
                 for j, chunk in _read_chunk_row(layout, reader, index, i, first, last, raw):
                     values[j - first] = chunk
             yield i, values

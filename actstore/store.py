@@ -6,6 +6,7 @@ import html
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dask.array as da
@@ -767,18 +768,25 @@ def opened(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], Store]:
     return root, Store(place[0], root, Guard(storage, place, nodes, manifest["objects"]))
 
 
+def _stores_in(folder: Path, where: str) -> str:
+    """What a message says of the stores in a folder."""
+    stores = sorted(p.name for p in folder.glob("*.zarr"))
+    return f" {where}: {', '.join(stores[:8])}." if stores else ""
+
+
 def _not_open(storage: Storage, shown: str) -> NotAStoreError | UnfinishedStoreError:
     if is_url(shown):
         if storage.is_vacant() and not storage.keys("journal"):
             return NotAStoreError(f"there is nothing at {shown}")
     elif not storage.root.exists():
-        beside = storage.root.absolute().parent
-        stores = sorted(p.name for p in beside.glob("*.zarr")) if beside.is_dir() else []
-        here = f" Beside it: {', '.join(stores[:8])}." if stores else ""
-        return NotAStoreError(f"{shown} does not exist.{here}")
+        beside = _stores_in(storage.root.absolute().parent, "Beside it")
+        return NotAStoreError(f"{shown} does not exist.{beside}")
     stored = journal.read_plan(storage)
     if stored is None:
-        return NotAStoreError(f"{shown} is not a store: it has neither zarr.json nor a journal")
+        inside = "" if is_url(shown) else _stores_in(storage.root, "In it")
+        return NotAStoreError(
+            f"{shown} is not a store: it has neither zarr.json nor a journal.{inside}"
+        )
     total = stored["blocks"] * stored["passes"]
     if not storage.lists:
         return UnfinishedStoreError(f"{shown} is not finished: open it once its dump is done")

@@ -101,6 +101,8 @@ def test_nothing_at_the_path(small: SimpleNamespace, tmp_path: Path) -> None:
         actstore.open(small.path.parent / "rnu.zarr")
     with pytest.raises(NotAStoreError, match=r"run\.zarr does not exist\.$"):
         actstore.open(tmp_path / "no" / "where" / "run.zarr")
+    with pytest.raises(NotAStoreError, match=r"a journal\. In it: run\.zarr\.$"):
+        actstore.open(small.path.parent)
 
 
 def foreign_group(path: Path) -> None:
