@@ -24,10 +24,12 @@ __all__ = [
 NO_TOKEN = np.int64(2**62)
 """Token number of an empty place in a list of extreme values; sorts behind every token."""
 
-_TILE_ROWS = 128
+_TILE_ROWS = 256
+_GROUP_ROWS = 16
+"""Rows of a tile whose largest and smallest values are kept until the chunk's are listed."""
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def sketch_chunk(x, keys, rows, top_row, left, moments, counts, norms, limits, extremes):  # type: ignore[no-untyped-def]
     """Add the values of some rows of a chunk to a sketch.
 
@@ -56,88 +58,178 @@ def sketch_chunk(x, keys, rows, top_row, left, moments, counts, norms, limits, e
         The largest and the smallest values of the shard as `extreme_key`, best first, 0 for none;
         updated in place.
     """
-    columns = x.shape[1]
-    shift = np.empty(columns, np.float32)
-    sums = np.empty((4, columns), np.float32)
-    low = np.empty(columns, np.float32)
-    high = np.empty(columns, np.float32)
-    zeros = np.empty(columns, np.int32)
-    positives = np.empty(columns, np.int32)
-    bounds = np.empty((2, columns), np.float32)
-    beat = np.empty((2, columns), np.float32)
-    flags = np.zeros(-(-columns // 8) * 8, np.uint8)
-    words = flags.view(np.uint64)  # eight columns, none of whose values is extreme, at a glance
-    last = extremes.shape[2] - 1
-    for j in range(columns):
-        for side in range(2):
-            at, away = left + j, np.float32(-np.inf if side == 0 else np.inf)
-            bounds[side, j] = np.nextafter(limits[side, at], away)
-            beat[side, j] = _to_beat(bounds[side, j], extremes[side, at, last], side)
+    columns, ranks = x.shape[1], extremes.shape[2]
+    groups = -(-len(rows) // _GROUP_ROWS)
+    ends = np.empty((groups, 2, columns), np.float32)
+    sums = np.empty((5, columns), np.float32)
+    signs = np.empty((2, columns), np.int32)
     for top in range(0, len(rows), _TILE_ROWS):
         tile = rows[top : top + _TILE_ROWS]
-        n = len(tile)
-        shift[:] = 0
-        sums[:] = 0
-        zeros[:] = 0
-        positives[:] = 0
-        low[:] = x[tile[0]]
-        high[:] = x[tile[0]]
-        for i in tile:
-            row = x[i]
-            square = np.float32(0)
-            for j in range(columns):
-                shift[j] += row[j]
-                square += row[j] * row[j]
-            norms[i] += square
-        for j in range(columns):
-            shift[j] /= np.float32(n)
-        for i in tile:
-            row = x[i]
-            for j in range(columns):
-                d = row[j] - shift[j]
-                dd = d * d
-                sums[0, j] += d
-                sums[1, j] += dd
-                sums[2, j] += dd * d
-                sums[3, j] += dd * dd
-                low[j] = min(low[j], row[j])
-                high[j] = max(high[j], row[j])
-                zeros[j] += row[j] == 0
-                positives[j] += row[j] > 0
+        tile_ends = ends[top // _GROUP_ROWS : -(-(top + len(tile)) // _GROUP_ROWS)]
+        _sum_tile(x, tile, sums, signs, tile_ends, norms)
+        _merge_sums(x, tile, sums, signs, tile_ends, left, moments)
         for i in tile:
             for j in range(columns):
                 counts[keys[i, j]] += 1
+    bounds = np.empty((2, columns), np.float32)
+    beat = np.empty((2, columns), np.float32)
+    for side in range(2):
+        known = limits[side, left : left + columns].copy()
+        if groups >= ranks and np.isinf(known).any():  # else earlier blocks know better
+            _reach(ends, side, ranks, known)
+        away = np.float32(-np.inf if side == 0 else np.inf)
         for j in range(columns):
-            at = left + j
-            if _in_reach(shift[j], low[j], high[j]):
-                _merge_tile(moments, at, n, shift[j], sums[:, j])
-            else:
-                _merge_exactly(moments, at, x[tile, j])
-            a, b = np.float64(low[j]), np.float64(high[j])
-            moments[5, at] = moments[5, at] if moments[5, at] <= a else a
-            moments[6, at] = moments[6, at] if moments[6, at] >= b else b
-            moments[7, at] += zeros[j]
-            moments[8, at] += positives[j]
+            bounds[side, j] = np.nextafter(known[j], away)
+            beat[side, j] = _to_beat(bounds[side, j], extremes[side, left + j, ranks - 1], side)
+    _list_extremes(x, rows, top_row, left, ends, bounds, beat, extremes)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+def _sum_tile(x, tile, sums, signs, ends, norms):  # type: ignore[no-untyped-def]
+    """Sums of powers about the tile's mean (and that), zeros and positives, groups' ends, norms.
+
+    Four rows at a time, each as an array of its own: so the sums are loaded and stored less.
+    """
+    n, columns = len(tile), x.shape[1]
+    fours = n // 4 * 4
+    sums[:] = 0
+    signs[:] = 0
+    shift = sums[4]
+    for i in range(0, fours, 4):
+        p, q, r, s = x[tile[i]], x[tile[i + 1]], x[tile[i + 2]], x[tile[i + 3]]
+        a = b = c = d = np.float32(0)
+        for j in range(columns):
+            shift[j] += (p[j] + q[j]) + (r[j] + s[j])
+            a += p[j] * p[j]
+            b += q[j] * q[j]
+            c += r[j] * r[j]
+            d += s[j] * s[j]
+        norms[tile[i]] += a
+        norms[tile[i + 1]] += b
+        norms[tile[i + 2]] += c
+        norms[tile[i + 3]] += d
+    for i in tile[fours:]:
+        p, a = x[i], np.float32(0)
+        for j in range(columns):
+            shift[j] += p[j]
+            a += p[j] * p[j]
+        norms[i] += a
+    for j in range(columns):
+        shift[j] /= np.float32(n)
+    for i in range(0, fours, 4):
+        p, q, r, s = x[tile[i]], x[tile[i + 1]], x[tile[i + 2]], x[tile[i + 3]]
+        high, low = ends[i // _GROUP_ROWS, 0], ends[i // _GROUP_ROWS, 1]
+        if i % _GROUP_ROWS == 0:
+            high[:] = p
+            low[:] = p
+        for j in range(columns):
+            t, u, v, w = p[j], q[j], r[j], s[j]
+            d, e, f, g = t - shift[j], u - shift[j], v - shift[j], w - shift[j]
+            dd, ee, ff, gg = d * d, e * e, f * f, g * g
+            sums[0, j] += (d + e) + (f + g)
+            sums[1, j] += (dd + ee) + (ff + gg)
+            sums[2, j] += (dd * d + ee * e) + (ff * f + gg * g)
+            sums[3, j] += (dd * dd + ee * ee) + (ff * ff + gg * gg)
+            high[j] = max(high[j], max(max(t, u), max(v, w)))
+            low[j] = min(low[j], min(min(t, u), min(v, w)))
+            signs[0, j] += np.int32(t == 0) + np.int32(u == 0) + np.int32(v == 0) + np.int32(w == 0)
+            signs[1, j] += np.int32(t > 0) + np.int32(u > 0) + np.int32(v > 0) + np.int32(w > 0)
+    for i in range(fours, n):
+        p = x[tile[i]]
+        high, low = ends[i // _GROUP_ROWS, 0], ends[i // _GROUP_ROWS, 1]
+        if i % _GROUP_ROWS == 0:
+            high[:] = p
+            low[:] = p
+        for j in range(columns):
+            d = p[j] - shift[j]
+            dd = d * d
+            sums[0, j] += d
+            sums[1, j] += dd
+            sums[2, j] += dd * d
+            sums[3, j] += dd * dd
+            high[j] = max(high[j], p[j])
+            low[j] = min(low[j], p[j])
+            signs[0, j] += p[j] == 0
+            signs[1, j] += p[j] > 0
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _merge_sums(x, tile, sums, signs, ends, left, moments):  # type: ignore[no-untyped-def]
+    """Merge what `_sum_tile` found into the moments."""
+    high, low = ends[0, 0].copy(), ends[0, 1].copy()
+    for g in range(1, len(ends)):
+        for j in range(len(high)):
+            high[j] = max(high[j], ends[g, 0, j])
+            low[j] = min(low[j], ends[g, 1, j])
+    for j in range(len(high)):
+        at, shift = left + j, sums[4, j]
+        if _in_reach(shift, low[j], high[j]):
+            _merge_tile(moments, at, len(tile), shift, sums[:4, j])
+        else:
+            _merge_exactly(moments, at, x[tile, j])
+        a, b = np.float64(low[j]), np.float64(high[j])
+        moments[5, at] = moments[5, at] if moments[5, at] <= a else a
+        moments[6, at] = moments[6, at] if moments[6, at] >= b else b
+        moments[7, at] += signs[0, j]
+        moments[8, at] += signs[1, j]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _reach(ends, side, k, known):  # type: ignore[no-untyped-def]
+    """Tighten limits to the k-th best of the groups' ends: k values at least are as good.
+
+    Without this, of a first block's values five times as many as are kept would be listed for a
+    while. All columns at a time, so that the k best of each are kept sorted without a branch.
+    """
+    sign = np.float32(1 if side == 0 else -1)
+    columns = len(known)
+    best = np.full((k, columns), -np.inf, np.float32)
+    new = np.empty(columns, np.float32)
+    for g in range(len(ends)):
+        for j in range(columns):
+            new[j] = sign * ends[g, side, j]
+        for r in range(k):
+            own = best[r]
+            for j in range(columns):
+                a, b = own[j], new[j]
+                own[j] = b if b > a else a
+                new[j] = a if b > a else b
+    for j in range(columns):
+        known[j] = sign * max(sign * known[j], best[k - 1, j])
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _list_extremes(x, rows, top_row, left, ends, bounds, beat, extremes):  # type: ignore[no-untyped-def]
+    """List values that beat what is to be beaten, row by row; that rises as lists fill up."""
+    columns, last = x.shape[1], extremes.shape[2] - 1
+    flags = np.zeros(-(-columns // 8) * 8, np.uint8)
+    words = flags.view(np.uint64)  # eight columns, none of whose values is extreme, at a glance
+    found = np.empty(len(flags), np.int64)
+    for group in range(len(ends)):
         entering = False
-        for j in range(columns):
-            entering |= high[j] > beat[0, j] or low[j] < beat[1, j]
+        for j in range(columns):  # so asked, a NaN lets its group in
+            beaten = ends[group, 0, j] <= beat[0, j] and ends[group, 1, j] >= beat[1, j]
+            entering |= not beaten
         if not entering:
             continue
-        for i in tile:
+        for i in rows[group * _GROUP_ROWS : (group + 1) * _GROUP_ROWS]:
             row = x[i]
             for j in range(columns):
                 flags[j] = np.uint8(row[j] > beat[0, j]) | np.uint8(row[j] < beat[1, j])
+            n = 0
             for w in range(len(words)):
-                if not words[w]:
-                    continue
-                for j in range(8 * w, min(8 * w + 8, columns)):
-                    at = left + j
-                    if row[j] > beat[0, j]:
-                        _insert(extremes, 0, at, extreme_key(row[j], top_row + i, 0))
-                        beat[0, j] = _to_beat(bounds[0, j], extremes[0, at, last], 0)
-                    if row[j] < beat[1, j]:
-                        _insert(extremes, 1, at, extreme_key(row[j], top_row + i, 1))
-                        beat[1, j] = _to_beat(bounds[1, j], extremes[1, at, last], 1)
+                if words[w]:
+                    for j in range(8 * w, 8 * w + 8):
+                        found[n] = j  # overwritten unless it counts: cheaper than a branch
+                        n += flags[j]
+            for j in found[:n]:
+                value, at = row[j], left + j
+                if value > beat[0, j]:
+                    _insert(extremes[0, at], extreme_key(value, top_row + i, 0))
+                    beat[0, j] = _to_beat(bounds[0, j], extremes[0, at, last], 0)
+                if value < beat[1, j]:
+                    _insert(extremes[1, at], extreme_key(value, top_row + i, 1))
+                    beat[1, j] = _to_beat(bounds[1, j], extremes[1, at, last], 1)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -198,15 +290,11 @@ def _to_beat(limit, worst, side):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _insert(extremes, side, column, key):  # type: ignore[no-untyped-def]
-    """Insert a key into a list, best first, if it belongs there."""
-    at = extremes.shape[2] - 1
-    if key <= extremes[side, column, at]:
-        return
-    while at > 0 and extremes[side, column, at - 1] < key:
-        extremes[side, column, at] = extremes[side, column, at - 1]
-        at -= 1
-    extremes[side, column, at] = key
+def _insert(listed, key):  # type: ignore[no-untyped-def]
+    """Insert a key into a list, best first; the last falls out. Faster without a branch."""
+    for r in range(len(listed) - 1, 0, -1):
+        listed[r] = max(listed[r], min(listed[r - 1], key))
+    listed[0] = max(listed[0], key)
 
 
 @numba.njit(nogil=True, cache=True)
