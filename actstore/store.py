@@ -202,9 +202,12 @@ class Store:
         """
         hint = f"This is what {self.name} holds."
         stage, layer = stage_of(stage, self.stages, self._config, hint=hint)
-        values = self._dataset(stage)["activation"].rename(stage)
-        if self.outcomes is not None:
-            values = values.assign_coords(self.outcomes.data_vars)
+        if stage not in self._labelled:
+            values = self._dataset(stage)["activation"].rename(stage)
+            if self.outcomes is not None:
+                values = values.assign_coords(self.outcomes.data_vars)
+            self._labelled[stage] = values
+        values = self._labelled[stage].copy()  # the caller may change it
         if layer is None:
             return values
         pick(layer, values["layer"].values.tolist(), "layer")
@@ -490,6 +493,11 @@ class Store:
             if key in self._nodes and tuple(self._values(key)) != strata[0]:
                 raise self._damaged(key, "does not name the classes of tokens that there are")
         return strata
+
+    @cached_property
+    def _labelled(self) -> dict[str, xr.DataArray]:
+        """Stages that have been asked for: to open one takes longer than to read a neuron."""
+        return {}
 
     @cached_property
     def _arrays(self) -> dict[str, Any]:

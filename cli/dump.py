@@ -13,7 +13,7 @@ import typer
 from actstore.errors import UsageError
 from actstore.schema import MLP_STAGES
 
-from .output import print_json, print_table, progress, say, size
+from .output import print_json, print_table, progress, say, size, some
 
 if TYPE_CHECKING:
     from actstore.plan import Plan
@@ -259,13 +259,14 @@ def _print_plan(made: Plan, facts: dict[str, Any]) -> None:
     rows.append(["all", "", "", "", size(made.nbytes)])
     print_table(["stage", "layers", "neurons", "type", "bytes"], rows)
     say(
-        f"{made.n_tokens:,} of {facts['inputs']:,} input tokens kept, {facts['sequences']:,} "
-        f"sequences in {facts['batches']:,} batches ({facts['computed_tokens']:,} tokens computed "
-        f"a pass, padding included)"
+        f"{made.n_tokens:,} of {some(facts['inputs'], 'input token')} kept, "
+        f"{some(facts['sequences'], 'sequence')} in {some(facts['batches'], 'batch', 'batches')} "
+        f"({some(facts['computed_tokens'], 'token')} computed a pass, padding included)"
     )
     say(
-        f"{made.n_blocks:,} blocks of {made.block_tokens:,} tokens, {made.shards:,} files, "
-        f"{len(made.passes)} pass(es); {size(facts['free_bytes'])} free there"
+        f"{some(made.n_blocks, 'block')} of {some(made.block_tokens, 'token')}, "
+        f"{some(made.shards, 'file')}, {some(len(made.passes), 'pass', 'passes')}; "
+        f"{size(facts['free_bytes'])} free there"
     )
     if facts["seconds"] is not None:
         say(f"about {_duration(facts['seconds'])} in the model on this machine")

@@ -23,7 +23,7 @@ from rich.text import Text
 from actstore.errors import UnknownNameError, UsageError
 from actstore.wire import dumps
 
-__all__ = ["check_out", "print_json", "print_table", "progress", "say", "size"]
+__all__ = ["check_out", "print_json", "print_table", "progress", "say", "size", "some"]
 
 console = Console()
 messages = Console(stderr=True, highlight=False)
@@ -32,6 +32,11 @@ messages = Console(stderr=True, highlight=False)
 def say(text: str) -> None:
     """A message for the person, on stderr."""
     messages.print(text, markup=False, soft_wrap=True)
+
+
+def some(n: int, one: str, many: str = "") -> str:
+    """A number of things: "1 block", "2 blocks"."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def print_json(value: Any) -> None:

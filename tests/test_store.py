@@ -238,6 +238,20 @@ def test_a_stage_is_labelled_and_right(small: SimpleNamespace, stage: str) -> No
     assert ("layer_name" in array.coords) == (stage == "hidden")
 
 
+def test_what_is_done_to_a_stage_stays_with_it(small: SimpleNamespace) -> None:
+    """Asked for again, a stage is as it was, though it is opened just once."""
+    store = actstore.open(small.path)
+    stage = store.stages[0]
+    due, first = store[stage].load(), store[stage]
+    first[:] = 7.0
+    first["position"][:] = -1
+    first["layer"] = first["layer"] + 5
+    first.attrs["units"] = first["position"].attrs["long_name"] = "mine"
+    again = store[stage]
+    assert dask.is_dask_collection(again.data)
+    xr.testing.assert_identical(again, due)
+
+
 def test_coordinates_of_single_stages(small: SimpleNamespace) -> None:
     assert small.store["hidden"]["layer_name"].values.tolist() == ["emb", "h.0", "h.1"]
     assert small.store["attn_z"]["head"].values.tolist() == [n // 8 for n in range(32)]

@@ -274,7 +274,7 @@ def neuron_panels(
     >>> one = actstore.histogram(data, layers=1, per="neuron", bins=10, range=(-3, 3))
     >>> axes = neuron_panels(one, actstore.zeroness(data, layers=1), Figure())
     >>> [ax.get_title(loc="left").splitlines()[0] for ax in axes.flat]
-    ['zeroed: 3 neurons', 'not zeroed: 1 neurons']
+    ['zeroed: 3 neurons', 'not zeroed: 1 neuron']
     """
     flags = holding(flags, "zeroness", "zeroed", "centred_on_zero")
     flag = flags["zeroed" if "zeroed" in flags else "centred_on_zero"]
@@ -286,10 +286,10 @@ def neuron_panels(
             f"{result.sizes.get('neuron', 0):,}: ask for both with the same neurons="
         )
     words = ("zeroed", "not zeroed") if flag.name == "zeroed" else ("peak near 0", "peak elsewhere")
-    parts = {
-        f"{words[0]}: {zero.sum():,} neurons": result.isel(neuron=zero),
-        f"{words[1]}: {(~zero).sum():,} neurons": result.isel(neuron=~zero),
-    }
+    parts = {}
+    for word, chosen in zip(words, (zero, ~zero), strict=True):
+        n = int(chosen.sum())
+        parts[f"{word}: {n:,} neuron{'' if n == 1 else 's'}"] = result.isel(neuron=chosen)
     parts |= {"peak-centred": peak} if peak is not None else {}
     parts |= {"mean-centred": mean} if mean is not None else {}
     axes = panels(figure, 1, len(parts), (3.0, 2.8), sharey=True)
