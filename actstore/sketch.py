@@ -28,8 +28,8 @@ from .plan import Plan, StagePlan
 from .schema import GRANULE_TOKENS, KEYS, MOMENTS, RANKS, Categorical
 from .shard import Layout, chunk_values
 from .sketched import strata_codes
-from .stats.moments import merge_moments
-from .stats.sketching import NO_TOKEN, insert_extremes, merge_limits, sketch_chunk, split_keys
+from .stats.moments import add_moments
+from .stats.sketching import NO_TOKEN, insert_extremes, merge_limits, sketch_chunk
 
 __all__ = ["ShardSketch", "Sketcher", "Strata", "merge", "pack", "plan_strata"]
 
@@ -336,10 +336,11 @@ class _Total:
         self._values[:, 1] = np.inf
         self._tokens = np.full(self._values.shape, NO_TOKEN)
 
-    def _empty(self) -> dict[str, np.ndarray]:
-        state = {name: np.zeros(self._shape) for name in MOMENTS}
-        state["min"][:] = state["max"][:] = np.nan
-        return state
+    def _empty(self) -> np.ndarray:
+        """Moments (9, stratum, layer, neuron) of nothing."""
+        moments = np.zeros((len(MOMENTS), *self._shape))
+        moments[5:7] = np.nan
+        return moments
 
     def granule(self, parts: Iterable[Part], stage: str) -> tuple[np.ndarray, np.ndarray]:
         """Add consecutive blocks; gives the granule's own moments and norms."""
@@ -347,35 +348,18 @@ class _Total:
         for part in parts:
             layers = range(self._shape[1])
             mine = [{n: part[f"{stage}/{i}/{n}"] for n in _TENSORS} for i in layers]
-            n_strata, _, width = self._shape
-            stacked = np.stack([empty_moments(n_strata, width)] * len(mine), axis=2)
-            for i, one in enumerate(mine):
-                stacked[one["strata"], :, i] = one["moments"]
-            block = {name: stacked[:, i] for i, name in enumerate(MOMENTS)}
-            zone = merge_moments(zone, block)
             norms.append(np.stack([m["norms"] for m in mine]))
             for i, one in enumerate(mine):
+                for s, moments in zip(one["strata"], one["moments"], strict=True):
+                    add_moments(zone[:, s, i], moments)
                 self._counts[i].reshape(-1)[one["keys"]] += one["counts"]
-                self._insert(i, one)
-        self._moments = merge_moments(self._moments, zone)
-        return np.stack(list(zone.values())), np.concatenate(norms, axis=1)
-
-    def _insert(self, layer: int, one: Part) -> None:
-        n_strata, _, width = self._shape
-        place = one["places"].astype(np.int64) // RANKS
-        stratum, rest = np.divmod(place, 2 * width)
-        side, neuron = np.divmod(rest, width)
-        values, rows = split_keys(one["extremes"], side == 1)
-        insert_extremes(
-            self._values[layer].reshape(-1, RANKS),
-            self._tokens[layer].reshape(-1, RANKS),
-            (side * n_strata + stratum) * width + neuron,
-            values,
-            rows + one["first"],
-        )
+                lists = self._values[i], self._tokens[i]
+                insert_extremes(*lists, one["places"], one["extremes"], int(one["first"][0]))
+        add_moments(self._moments.reshape(len(MOMENTS), -1), zone.reshape(len(MOMENTS), -1))
+        return zone, np.concatenate(norms, axis=1)
 
     def results(self) -> Iterator[tuple[str, np.ndarray]]:
-        yield "moments", np.stack(list(self._moments.values()))
+        yield "moments", self._moments
         yield "counts", self._counts.swapaxes(0, 1)
         tokens = np.where(self._tokens == NO_TOKEN, -1, self._tokens)
         for side, name in enumerate(("largest", "smallest")):

@@ -16,6 +16,7 @@ from actstore.resketch import add_sketches
 from actstore.schema import KEYS, MOMENTS, RANKS
 from actstore.sketch import empty_lists, empty_moments, no_limits
 from actstore.sketched import union_of_strata
+from actstore.stats.moments import moments_of
 from actstore.stats.sketching import sketch_chunk, split_keys
 from actstore.writer import Writer
 
@@ -170,6 +171,11 @@ def test_a_chunk_lists_what_sorting_lists(seed, n, kind, share, limited):
         keys = piece.view(np.uint16)[:, 1::2]
         sketch_chunk(piece, keys, own, top, 0, moments, counts, norms, limits, extremes)
     np.testing.assert_array_equal(moments[0], len(rows))
+    if len(rows):  # the ends leave out NaN, in a scan, too
+        low, high = np.fmin.reduce(x[rows]), np.fmax.reduce(x[rows])
+        scanned = moments_of(x[rows])
+        for found in (moments[5:7], [scanned["min"], scanned["max"]]):
+            np.testing.assert_array_equal(found, [low, high])
     for side, sign in enumerate((1, -1)):
         for j in range(columns):
             ranked = sorted((-sign * v, i) for i, v in zip(rows, x[rows, j], strict=True) if v == v)

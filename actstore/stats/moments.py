@@ -9,7 +9,7 @@ import numpy as np
 
 from .streaming import LayerSketch, State
 
-__all__ = ["MOMENT_NAMES", "Moments", "merge_moments", "moments_of"]
+__all__ = ["MOMENT_NAMES", "Moments", "add_moments", "merge_moments", "moments_of"]
 
 _TILE_ROWS = 256
 _TILE_COLUMNS = 256
@@ -119,9 +119,8 @@ def _moments(x):  # type: ignore[no-untyped-def]
             shift[:] = 0
             a[:] = 0
             signs[:] = 0
-            for j in range(columns):
-                ends[0, j] = x[top, left + j]
-                ends[1, j] = x[top, left + j]
+            ends[0] = np.inf
+            ends[1] = -np.inf
             for i in range(top, fours, 4):
                 p, q = x[i, left:right], x[i + 1, left:right]
                 r, s = x[i + 2, left:right], x[i + 3, left:right]
@@ -144,8 +143,9 @@ def _moments(x):  # type: ignore[no-untyped-def]
                     a[1, j] += (dd + ee) + (ff + gg)
                     a[2, j] += (dd * d + ee * e) + (ff * f + gg * g)
                     a[3, j] += (dd * dd + ee * ee) + (ff * ff + gg * gg)
-                    ends[0, j] = min(ends[0, j], min(min(t, u), min(v, w)))
-                    ends[1, j] = max(ends[1, j], max(max(t, u), max(v, w)))
+                    # In this order, which leaves out NaN.
+                    ends[0, j] = min(min(min(min(ends[0, j], t), u), v), w)
+                    ends[1, j] = max(max(max(max(ends[1, j], t), u), v), w)
                     signs[0, j] += (
                         np.int32(t == 0) + np.int32(u == 0) + np.int32(v == 0) + np.int32(w == 0)
                     )
@@ -172,8 +172,9 @@ def _moments(x):  # type: ignore[no-untyped-def]
                     _merge_exactly(out, left + j, x[top:bottom, left + j])
                 low, high = np.float64(ends[0, j]), np.float64(ends[1, j])
                 at = left + j
-                out[5, at] = low if not out[5, at] <= low else out[5, at]
-                out[6, at] = high if not out[6, at] >= high else out[6, at]
+                if low <= high:
+                    out[5, at] = low if not out[5, at] <= low else out[5, at]
+                    out[6, at] = high if not out[6, at] >= high else out[6, at]
                 out[7, at] += signs[0, j]
                 out[8, at] += signs[1, j]
     return out
@@ -245,6 +246,38 @@ def _merge_tile(out, j, count, shift, sums):  # type: ignore[no-untyped-def]
     out[2, j] += m2 + d * d * na * n / total
     out[1, j] += d * n / total
     out[0, j] = total
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def add_moments(total, part):  # type: ignore[no-untyped-def]
+    """`merge_moments` of arrays (9, neuron), the first updated in place."""
+    for j in range(total.shape[1]):
+        na, nb = total[0, j], part[0, j]
+        if nb == 0:
+            continue
+        if na == 0:
+            total[:, j] = part[:, j]
+            continue
+        n = na + nb
+        d = part[1, j] - total[1, j]
+        a2, a3, b2, b3 = total[2, j], total[3, j], part[2, j], part[3, j]
+        total[4, j] += (
+            part[4, j]
+            + d * d * d * d * na * nb * (na * na - na * nb + nb * nb) / (n * n * n)
+            + 6 * d * d * (na * na * b2 + nb * nb * a2) / (n * n)
+            + 4 * d * (na * b3 - nb * a3) / n
+        )
+        total[3, j] += (
+            b3 + d * d * d * na * nb * (na - nb) / (n * n) + 3 * d * (na * b2 - nb * a2) / n
+        )
+        total[2, j] += b2 + d * d * na * nb / n
+        total[1, j] += d * nb / n
+        total[0, j] = n
+        low, high = part[5, j], part[6, j]
+        total[5, j] = low if not total[5, j] <= low else total[5, j]
+        total[6, j] = high if not total[6, j] >= high else total[6, j]
+        total[7, j] += part[7, j]
+        total[8, j] += part[8, j]
 
 
 def merge_moments(a: State, b: State) -> State:

@@ -120,8 +120,8 @@ def _sum_tile(x, tile, sums, signs, ends, norms):  # type: ignore[no-untyped-def
         p, q, r, s = x[tile[i]], x[tile[i + 1]], x[tile[i + 2]], x[tile[i + 3]]
         high, low = ends[i // _GROUP_ROWS, 0], ends[i // _GROUP_ROWS, 1]
         if i % _GROUP_ROWS == 0:
-            high[:] = p
-            low[:] = p
+            high[:] = -np.inf
+            low[:] = np.inf
         for j in range(columns):
             t, u, v, w = p[j], q[j], r[j], s[j]
             d, e, f, g = t - shift[j], u - shift[j], v - shift[j], w - shift[j]
@@ -130,16 +130,16 @@ def _sum_tile(x, tile, sums, signs, ends, norms):  # type: ignore[no-untyped-def
             sums[1, j] += (dd + ee) + (ff + gg)
             sums[2, j] += (dd * d + ee * e) + (ff * f + gg * g)
             sums[3, j] += (dd * dd + ee * ee) + (ff * ff + gg * gg)
-            high[j] = max(high[j], max(max(t, u), max(v, w)))
-            low[j] = min(low[j], min(min(t, u), min(v, w)))
+            high[j] = max(max(max(max(high[j], t), u), v), w)  # in this order, which leaves out NaN
+            low[j] = min(min(min(min(low[j], t), u), v), w)
             signs[0, j] += np.int32(t == 0) + np.int32(u == 0) + np.int32(v == 0) + np.int32(w == 0)
             signs[1, j] += np.int32(t > 0) + np.int32(u > 0) + np.int32(v > 0) + np.int32(w > 0)
     for i in range(fours, n):
         p = x[tile[i]]
         high, low = ends[i // _GROUP_ROWS, 0], ends[i // _GROUP_ROWS, 1]
         if i % _GROUP_ROWS == 0:
-            high[:] = p
-            low[:] = p
+            high[:] = -np.inf
+            low[:] = np.inf
         for j in range(columns):
             d = p[j] - shift[j]
             dd = d * d
@@ -167,9 +167,10 @@ def _merge_sums(x, tile, sums, signs, ends, left, moments):  # type: ignore[no-u
             _merge_tile(moments, at, len(tile), shift, sums[:4, j])
         else:
             _merge_exactly(moments, at, x[tile, j])
-        a, b = np.float64(low[j]), np.float64(high[j])
-        moments[5, at] = moments[5, at] if moments[5, at] <= a else a
-        moments[6, at] = moments[6, at] if moments[6, at] >= b else b
+        if low[j] <= high[j]:
+            a, b = np.float64(low[j]), np.float64(high[j])
+            moments[5, at] = moments[5, at] if moments[5, at] <= a else a
+            moments[6, at] = moments[6, at] if moments[6, at] >= b else b
         moments[7, at] += signs[0, j]
         moments[8, at] += signs[1, j]
 
@@ -207,9 +208,8 @@ def _list_extremes(x, rows, top_row, left, ends, bounds, beat, extremes):  # typ
     found = np.empty(len(flags), np.int64)
     for group in range(len(ends)):
         entering = False
-        for j in range(columns):  # so asked, a NaN lets its group in
-            beaten = ends[group, 0, j] <= beat[0, j] and ends[group, 1, j] >= beat[1, j]
-            entering |= not beaten
+        for j in range(columns):
+            entering |= ends[group, 0, j] > beat[0, j] or ends[group, 1, j] < beat[1, j]
         if not entering:
             continue
         for i in rows[group * _GROUP_ROWS : (group + 1) * _GROUP_ROWS]:
@@ -329,37 +329,42 @@ def merge_limits(running, limits, extremes):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def insert_extremes(values, tokens, places, new_values, new_tokens):  # type: ignore[no-untyped-def]
-    """Merge listed extremes into sorted lists; ties go to the earlier token.
+def insert_extremes(values, tokens, places, keys, first):  # type: ignore[no-untyped-def]
+    """Merge the lists of a block into those of all blocks before it; ties go to those.
 
     Parameters
     ----------
-    values, tokens : float32, int64 (list, k)
-        Flattened lists, the first half largest-first, the second smallest-first; in place.
-    places : int64 (n,)
-        List of each new entry; those of a list lie together, best first.
-    new_values, new_tokens : float32, int64 (n,)
+    values, tokens : float32, int64 (2, stratum, neuron, k)
+        The largest and the smallest, best first; updated in place.
+    places : uint32 (n,)
+        Where the block's keys lie in an array (stratum, 2, neuron, k), ascending.
+    keys : uint64 (n,)
+        From `extreme_key`; those of a list lie together, best first.
+    first : int
+        Token number of the block's first row.
     """
-    lists, k = values.shape
+    _, _, width, k = values.shape
     merged, merged_tokens = np.empty(k, np.float32), np.empty(k, np.int64)
     n = 0
     while n < len(places):
-        p = places[n]
+        at = places[n] // k
         end = n
-        while end < len(places) and places[end] == p:
+        while end < len(places) and places[end] // k == at:
             end += 1
-        sign = 1 if 2 * p < lists else -1
-        own, own_tokens = values[p], tokens[p]
+        stratum, rest = divmod(at, 2 * width)
+        side, neuron = divmod(rest, width)
+        sign = 1 if side == 0 else -1
+        own, own_tokens = values[side, stratum, neuron], tokens[side, stratum, neuron]
         a = 0
         for i in range(k):
-            old = own_tokens[a]
             if n < end:
-                u, v = sign * own[a], sign * new_values[n]
-                if old == NO_TOKEN or v > u or (v == u and new_tokens[n] < old):
-                    merged[i], merged_tokens[i] = new_values[n], new_tokens[n]
+                value = _value(keys[n], side)
+                if own_tokens[a] == NO_TOKEN or sign * value > sign * own[a]:
+                    row = np.int64(0xFFFFFFFF) - np.int64(keys[n] & np.uint64(0xFFFFFFFF))
+                    merged[i], merged_tokens[i] = value, first + row
                     n += 1
                     continue
-            merged[i], merged_tokens[i] = own[a], old
+            merged[i], merged_tokens[i] = own[a], own_tokens[a]
             a += 1
         own[:] = merged
         own_tokens[:] = merged_tokens
