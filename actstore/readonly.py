@@ -46,6 +46,8 @@ class ReadOnly:
 class MemoryReader:
     """Ranged reads of an object that had to be taken whole."""
 
+    piece = 2**62
+
     def __init__(self, key: str, data: bytes) -> None:
         self.key, self.nbytes = key, len(data)
         self._data = data

@@ -262,6 +262,8 @@ def _missing(root: str, error: BaseException) -> str:
 class RemoteReader:
     """Ranged reads of one object."""
 
+    piece = 2**62  # a request costs more than any memory traffic
+
     def __init__(self, storage: RemoteStorage, key: str) -> None:
         self._storage = storage
         self.key = key

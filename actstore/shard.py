@@ -189,7 +189,7 @@ def summarise(layout: Layout, buffer: np.ndarray, rows: int) -> ShardSummary:
                 continue
             a, b = float(finite.min()), float(finite.max())
         low, high = min(low, a), max(high, b)
-    return ShardSummary(low, high, nonfinite)
+    return ShardSummary(low + 0.0, high + 0.0, nonfinite)  # never -0.0, which is no less than 0.0
 
 
 def encode(layout: Layout, buffer: np.ndarray, rows: int) -> tuple[np.ndarray, int, int]:
@@ -459,18 +459,29 @@ def _read_chunk_row(
 
     Values may lie in `room`, and are written over by the next row.
     """
-    offsets, sizes = _spans(layout, reader, index, i, first, last)
-    ends = offsets + sizes
-    # Our chunks lie in order and come in one read; stock zarr's order is its own.
-    for run in np.split(np.arange(last - first), np.nonzero(offsets[1:] != ends[:-1])[0] + 1):
-        start = offsets[run[0]]
-        raw = room[: ends[run[-1]] - start]
-        reader.read_into(raw, offset=int(start))
+    spans = _spans(layout, reader, index, i, first, last)
+    offsets, sizes = (own.tolist() for own in spans)
+    most = max(1, reader.piece // layout.chunk_nbytes)
+    for run in _runs(offsets, sizes, most):
+        start = offsets[run.start]
+        raw = room[: offsets[run.stop - 1] + sizes[run.stop - 1] - start]
+        reader.read_into(raw, offset=start)
         for k in run:
-            a, b = offsets[k] - start, ends[k] - start - _CRC
+            a = offsets[k] - start
+            b = a + sizes[k] - _CRC
             if not _sound(raw[a:b], raw[b : b + _CRC]):
-                raise _wrong_sum(reader, i, first + int(k))
-            yield first + int(k), _decode_chunk(layout, reader, raw[a:b])
+                raise _wrong_sum(reader, i, first + k)
+            yield first + k, _decode_chunk(layout, reader, raw[a:b])
+
+
+def _runs(offsets: list[int], sizes: list[int], most: int) -> Iterator[range]:
+    """Chunks that lie one after another, at most so many: ours do, stock zarr may order them."""
+    begin = 0
+    for k in range(1, len(offsets) + 1):
+        ends = k == len(offsets) or offsets[k] != offsets[k - 1] + sizes[k - 1]
+        if ends or k - begin == most:
+            yield range(begin, k)
+            begin = k
 
 
 def _wrong_sum(reader: Reader, i: int, j: int) -> CorruptStoreError:

@@ -26,10 +26,10 @@ from .corpus import Corpus
 from .errors import UnknownNameError, UsageError
 from .plan import Plan, StagePlan
 from .schema import GRANULE_TOKENS, KEYS, MOMENTS, RANKS, Categorical
-from .shard import Layout, chunk_values
+from .shard import Layout, ShardSummary, chunk_values
 from .sketched import strata_codes
 from .stats.moments import add_moments
-from .stats.sketching import NO_TOKEN, insert_extremes, merge_limits, sketch_chunk
+from .stats.sketching import NO_TOKEN, compact_lists, insert_extremes, merge_limits, sketch_chunk
 
 __all__ = ["ShardSketch", "Sketcher", "Strata", "merge", "pack", "plan_strata"]
 
@@ -94,27 +94,31 @@ class ShardSketch:
     extremes: np.ndarray
     first: int
 
+    def summary(self) -> ShardSummary | None:
+        """As `shard.summarise`; None where not all values are finite."""
+        there = self.moments[self.moments[:, 0].any(axis=1)]
+        if not np.isfinite(there[:, 1]).all():
+            return None
+        return ShardSummary(there[:, 5].min() + 0.0, there[:, 6].max() + 0.0, 0)
+
     def tensors(self, prefix: str) -> dict[str, np.ndarray]:
         """Compact arrays for a part file: strata, tables and lists without what is empty."""
         strata = np.flatnonzero(self.moments[:, 0].any(axis=1))
-        keys, listed = _places(self.counts, strata), _places(self.extremes, strata)
+        keys = [np.flatnonzero(self.counts[s]) + s * KEYS for s in strata]
+        places = np.concatenate([*keys, np.empty(0, np.int64)])
+        lengths, values, rows = compact_lists(self.extremes, strata)
+        small = len(self.norms) <= 2**16
         return {
             f"{prefix}/strata": strata,
             f"{prefix}/moments": self.moments[strata],
-            f"{prefix}/keys": keys.astype(np.uint32),
-            f"{prefix}/counts": self.counts.ravel()[keys].astype(np.uint32),
+            f"{prefix}/keys": places.astype(np.uint32),
+            f"{prefix}/counts": self.counts.reshape(-1)[places].astype(np.uint32),
             f"{prefix}/norms": self.norms,
-            f"{prefix}/places": listed.astype(np.uint32),
-            f"{prefix}/extremes": self.extremes.ravel()[listed],
+            f"{prefix}/lengths": lengths,
+            f"{prefix}/values": values,
+            f"{prefix}/rows": rows.astype(np.uint16) if small else rows,
             f"{prefix}/first": np.array([self.first]),
         }
-
-
-def _places(table: np.ndarray, strata: np.ndarray) -> np.ndarray:
-    """Where a table (stratum, ...) is not 0, flattened; only some strata can be."""
-    size = table[0].size
-    own = [np.flatnonzero(table[s]) + s * size for s in strata]
-    return np.concatenate([*own, np.empty(0, np.int64)])
 
 
 class Sketcher:
@@ -220,13 +224,17 @@ def no_limits(n_strata: int, width: int) -> np.ndarray:
     return limits
 
 
+_CHECKSUM = "crc32c.2"
+"""Counts the layouts of parts: one of an older version is taken for damaged, and made again."""
+
+
 def pack(tensors: Mapping[str, np.ndarray]) -> bytes:
     """The tensors of a block's sketches as one binary object: safetensors, with a crc32c.
 
     The commit record does not know of it: what earlier blocks let it leave out of the lists
     depends on the order of writing, and records do not.
     """
-    return save_tensors({**tensors, "crc32c": _checksum(tensors)})
+    return save_tensors({**tensors, _CHECKSUM: _checksum(tensors)})
 
 
 def _checksum(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -250,7 +258,7 @@ def unpack(data: bytes) -> dict[str, np.ndarray] | None:
     """The tensors of a packed part; None if it is damaged."""
     try:
         tensors = load_tensors(data)
-        sound = np.array_equal(tensors.pop("crc32c"), _checksum(tensors))
+        sound = np.array_equal(tensors.pop(_CHECKSUM), _checksum(tensors))
     except (SafetensorError, KeyError):
         return None
     return tensors if sound else None
@@ -331,10 +339,8 @@ class _Total:
         self._shape = (n_strata, layers, width)
         self._moments = self._empty()
         self._counts = np.zeros((layers, n_strata, KEYS), np.uint64)
-        # The sides outermost, as `insert_extremes` wants them.
-        self._values = np.full((layers, 2, n_strata, width, RANKS), -np.inf, np.float32)
-        self._values[:, 1] = np.inf
-        self._tokens = np.full(self._values.shape, NO_TOKEN)
+        lists = (layers, n_strata, 2, width, RANKS)
+        self._values, self._tokens = np.zeros(lists, np.float32), np.full(lists, NO_TOKEN)
 
     def _empty(self) -> np.ndarray:
         """Moments (9, stratum, layer, neuron) of nothing."""
@@ -353,8 +359,15 @@ class _Total:
                 for s, moments in zip(one["strata"], one["moments"], strict=True):
                     add_moments(zone[:, s, i], moments)
                 self._counts[i].reshape(-1)[one["keys"]] += one["counts"]
-                lists = self._values[i], self._tokens[i]
-                insert_extremes(*lists, one["places"], one["extremes"], int(one["first"][0]))
+                insert_extremes(
+                    self._values[i],
+                    self._tokens[i],
+                    one["strata"],
+                    one["lengths"],
+                    one["values"],
+                    one["rows"],
+                    one["first"][0],
+                )
         add_moments(self._moments.reshape(len(MOMENTS), -1), zone.reshape(len(MOMENTS), -1))
         return zone, np.concatenate(norms, axis=1)
 
@@ -363,12 +376,12 @@ class _Total:
         yield "counts", self._counts.swapaxes(0, 1)
         tokens = np.where(self._tokens == NO_TOKEN, -1, self._tokens)
         for side, name in enumerate(("largest", "smallest")):
-            values = np.where(tokens[:, side] < 0, np.nan, self._values[:, side])
+            values = np.where(tokens[:, :, side] < 0, np.nan, self._values[:, :, side])
             yield f"{name}_value", values.swapaxes(0, 1)
-            yield f"{name}_token", tokens[:, side].swapaxes(0, 1)
+            yield f"{name}_token", tokens[:, :, side].swapaxes(0, 1)
 
 
 _TENSORS = (
     *("strata", "moments", "keys", "counts", "norms"),
-    *("places", "extremes", "first"),
+    *("lengths", "values", "rows", "first"),
 )

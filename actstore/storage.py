@@ -93,10 +93,13 @@ class Reader(Protocol):
     key : str
     nbytes : int
         Of the whole object.
+    piece : int
+        Bytes that are best read at a time where more are wanted.
     """
 
     key: str
     nbytes: int
+    piece: int
 
     def read_into(self, *buffers: np.ndarray, offset: int) -> None:
         """Fill buffers (uint8), one after another, from `offset` on; a short one is an error."""
@@ -338,6 +341,8 @@ class LocalStorage:
 
 class LocalReader:
     """Ranged reads of one open file."""
+
+    piece = 2**20  # stays in a core's own cache while it is checked and laid out
 
     def __init__(self, fd: int, key: str) -> None:
         self._fd = fd

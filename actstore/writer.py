@@ -50,7 +50,7 @@ from .seal import (
     sketch_objects,
     table_objects,
 )
-from .shard import digest, encode, summarise
+from .shard import ShardSummary, digest, encode, summarise
 from .sketch import Sketcher, pack, plan_strata
 from .tables import RowsMissing, TableRows, digests, join
 
@@ -69,6 +69,15 @@ class _OpenShard:
     buffer: np.ndarray
     image: np.ndarray
     filled: np.ndarray  # bool (rows,)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What is made of a full shard before it is written."""
+
+    sketch: dict[str, np.ndarray]
+    summary: ShardSummary
+    encoded: tuple[np.ndarray, int, int] | None  # None: not yet
 
 
 @dataclass
@@ -110,9 +119,9 @@ class Writer:
     Attributes
     ----------
     hold : bool
-        Hold full shards until `catch_up` sketches them by all cores, instead of sketching them
-        in a writer thread meanwhile. Better where the values are computed on the same cores: a
-        thread that takes one of them from a model keeps the others waiting.
+        Hold full shards until `catch_up` sketches and sums them by all cores, instead of a writer
+        thread meanwhile. Better where the values are computed on the same cores: a thread that
+        takes one of them from a model keeps the others waiting.
     sealed : bool
         Whether the store is whole.
 
@@ -629,35 +638,52 @@ class Writer:
     def _finish(self, shard: _OpenShard) -> None:
         del self._open[shard.stage.name, shard.layer_index, shard.block]
         self._sent[shard.index, shard.block].add((shard.stage.name, shard.layer_index))
-        if self.hold and self._sketcher:
+        if self.hold:
             self._held.append(shard)
         else:
             self._pool.send()
-            self._executor.submit(self._sketch_and_write, shard)
+            self._executor.submit(self._finish_and_write, shard)
 
     def catch_up(self) -> None:
-        """Sketch the shards that are held, by all cores, and send them to the writer threads."""
+        """Finish the shards that are held, by all cores, and send them to the writer threads."""
         held, self._held = self._held, []
         for _ in held:
             self._pool.send()
-        for shard, sketch in zip(held, self._all_cores.map(self._sketch, held), strict=True):
-            self._executor.submit(self._write_shard, shard, sketch)
+        for shard, whole in zip(held, self._all_cores.map(self._finished, held), strict=True):
+            self._executor.submit(self._write_shard, shard, whole)
 
-    def _sketch_and_write(self, shard: _OpenShard) -> None:
+    def _finish_and_write(self, shard: _OpenShard) -> None:
         try:
-            sketch = self._sketch(shard)
+            whole = self._finished(shard)
         except BaseException as error:
             self._pool.fail(error)
         else:
-            self._write_shard(shard, sketch)
+            self._write_shard(shard, whole)
 
-    def _write_shard(self, shard: _OpenShard, sketch: dict[str, np.ndarray]) -> None:
+    def _finished(self, shard: _OpenShard) -> _Whole:
+        """All that takes computing and no disk, but for compression: that takes memory."""
+        layout, rows = shard.stage.layout, len(shard.filled)
+        made = None
+        if self._sketcher is not None:
+            first = shard.block * self.plan.block_tokens
+            made = self._sketcher.sketch(
+                shard.stage.name, shard.layer_index, layout, shard.image, first, rows
+            )
+        summary = made.summary() if made is not None else None
+        return _Whole(
+            # The compact tensors: in full a sketch takes more memory than the shard itself.
+            made.tensors(f"{shard.stage.name}/{shard.layer_index}") if made is not None else {},
+            summary or summarise(layout, shard.buffer, rows),
+            None if layout.compressed else encode(layout, shard.buffer, rows),
+        )
+
+    def _write_shard(self, shard: _OpenShard, whole: _Whole) -> None:
         try:
             if self._pool.failed:
                 raise WriteError("not written, because an earlier shard failed")
             with self._disk_errors(shard.stage.key(shard.layer_index, shard.block)):
-                record = self._encode_and_put(shard)
-                self._note(shard.index, shard.block, shard=record, sketch=sketch)
+                record = self._put(shard, whole)
+                self._note(shard.index, shard.block, shard=record, sketch=whole.sketch)
             self._pool.release(shard.buffer, shard.stage.layout.image_nbytes)
         except BaseException as error:
             self._pool.fail(error)
@@ -688,20 +714,8 @@ class Writer:
                 "make room or mend the disk, then run the same dump again to go on"
             ) from error
 
-    def _sketch(self, shard: _OpenShard) -> dict[str, np.ndarray]:
-        """The sketch's compact tensors: in full it takes more memory than the shard itself."""
-        if self._sketcher is None:
-            return {}
-        stage = shard.stage
-        first = shard.block * self.plan.block_tokens
-        made = self._sketcher.sketch(
-            stage.name, shard.layer_index, stage.layout, shard.image, first, len(shard.filled)
-        )
-        return made.tensors(f"{stage.name}/{shard.layer_index}")
-
-    def _encode_and_put(self, shard: _OpenShard) -> ShardRecord:
-        stage, rows = shard.stage, len(shard.filled)
-        summary = summarise(stage.layout, shard.buffer, rows)
+    def _put(self, shard: _OpenShard, whole: _Whole) -> ShardRecord:
+        stage, rows, summary = shard.stage, len(shard.filled), whole.summary
         if summary.nonfinite and not self.allow_nonfinite:
             raise NonFiniteError(
                 f"{summary.nonfinite:,} of {rows * stage.layout.width:,} values are NaN or inf in "
@@ -710,7 +724,7 @@ class Writer:
                 f"{shard.block * self.plan.block_tokens + rows - 1}: look at the model there, or "
                 "run again with --allow-nonfinite to store them"
             )
-        data, nbytes, checksum = encode(stage.layout, shard.buffer, rows)
+        data, nbytes, checksum = whole.encoded or encode(stage.layout, shard.buffer, rows)
         key = stage.key(shard.layer_index, shard.block)
         self.storage.put(key, data, nbytes)
         with self._lock:

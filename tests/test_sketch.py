@@ -17,7 +17,7 @@ from actstore.schema import KEYS, MOMENTS, RANKS
 from actstore.sketch import empty_lists, empty_moments, no_limits
 from actstore.sketched import union_of_strata
 from actstore.stats.moments import moments_of
-from actstore.stats.sketching import sketch_chunk, split_keys
+from actstore.stats.sketching import compact_lists, sketch_chunk
 from actstore.writer import Writer
 
 LAYERS = (0, 3)
@@ -181,8 +181,10 @@ def test_a_chunk_lists_what_sorting_lists(seed, n, kind, share, limited):
             ranked = sorted((-sign * v, i) for i, v in zip(rows, x[rows, j], strict=True) if v == v)
             due = [(-sign * v, i) for v, i in ranked if v < np.inf][:RANKS]
             due = [(v, i) for v, i in due if sign * v >= sign * limits[side, j]]
-            found = extremes[side, j][extremes[side, j] > 0]
-            values, at = split_keys(found, np.full(len(found), side == 1))
+            one = extremes[np.newaxis, :, j : j + 1].copy()
+            one[:, 1 - side] = 0
+            lengths, values, at = compact_lists(one, np.array([0]))
+            assert lengths[0, side].tolist() == [len(due)]
             assert list(zip(values.tolist(), at.tolist(), strict=True)) == due
 
 
@@ -343,6 +345,34 @@ def test_without_sketches(tmp_path):
             writer.put("mlp_post", layer, 0, np.ones((20, WIDTH), np.float32))
     assert not (tmp_path / "a.zarr/sketch").exists()
     assert "sketch" not in actstore.open(tmp_path / "a.zarr").attrs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("what", ["nasty", "zeros", "nonfinite", "all NaN"])
+def test_the_journal_does_not_depend_on_sketches(tmp_path, dtype, what):
+    """Extremes and counts of a shard come from its sketch where there is one."""
+    made = corpus([90, 40, 170])
+    values = nasty(np.random.default_rng(7), 300)
+    if what == "zeros":  # of both signs
+        values = np.where(values > 0, np.float32(0), np.float32(-0.0))
+    elif what == "nonfinite":
+        values[0, 17, 4:7] = np.nan, np.inf, -np.inf
+    elif what == "all NaN":
+        values[1] = np.nan
+    found = []
+    for sketch in (False, True):
+        stage = StageSpec(
+            "mlp_post", LAYERS, WIDTH, "bfloat16" if dtype == "bfloat16" else "float32"
+        )
+        plan = Plan.build(made, [stage], dtype=dtype, sketch=sketch)
+        path = tmp_path / f"{sketch}.zarr"
+        with Writer(path, plan, allow_nonfinite=True) as writer:
+            for i, layer in enumerate(LAYERS):
+                writer.put("mlp_post", layer, 0, values[i])
+        found.append({k: v for k, v in tree(path).items() if k.startswith("journal/p")})
+        found[-1].pop("journal/plan.json")
+    assert found[0] == found[1] and found[0]
+    assert actstore.open(tmp_path / "True.zarr").id == actstore.open(tmp_path / "False.zarr").id
 
 
 def test_sketches_made_afterwards_are_the_same(tmp_path):

@@ -13,11 +13,11 @@ from .moments import _in_reach, _merge_exactly, _merge_tile
 
 __all__ = [
     "NO_TOKEN",
+    "compact_lists",
     "extreme_key",
     "insert_extremes",
     "merge_limits",
     "sketch_chunk",
-    "split_keys",
 ]
 
 
@@ -253,19 +253,51 @@ def extreme_key(value, row, side):  # type: ignore[no-untyped-def]
     return (bits << np.uint64(32)) | (np.uint64(0xFFFFFFFF) - np.uint64(row))
 
 
-def split_keys(keys: np.ndarray, smallest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and rows of keys, and of which side each is.
+@numba.njit(nogil=True, cache=True)
+def compact_lists(extremes, strata):  # type: ignore[no-untyped-def]
+    """Lists of extremes without their empty places.
+
+    Parameters
+    ----------
+    extremes : uint64 (stratum, 2, neuron, k)
+        Keys, best first.
+    strata : int64 (n,)
+        Of which.
+
+    Returns
+    -------
+    lengths : uint8 (n, 2, neuron)
+    values : float32 (entry,)
+        List after list, the largest of each stratum before its smallest.
+    rows : uint32 (entry,)
 
     Examples
     --------
-    >>> keys = np.array([extreme_key(np.float32(-2.5), 7, 1)], np.uint64)
-    >>> split_keys(keys, np.array([True]))
-    (array([-2.5], dtype=float32), array([7]))
+    >>> keys = np.zeros((1, 2, 1, 3), np.uint64)
+    >>> keys[0, 1, 0, :2] = extreme_key(np.float32(-2.5), 7, 1), extreme_key(np.float32(1), 3, 1)
+    >>> [part.tolist() for part in compact_lists(keys, np.array([0]))]
+    [[[[0], [2]]], [-2.5, 1.0], [7, 3]]
     """
-    bits = (keys >> np.uint64(32)).astype(np.uint32)
-    bits = np.where(smallest, ~bits, bits)
-    bits = np.where(bits >> np.uint32(31), bits & np.uint32(0x7FFFFFFF), ~bits)
-    return bits.view(np.float32), 0xFFFFFFFF - (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    _, _, width, k = extremes.shape
+    lengths = np.zeros((len(strata), 2, width), np.uint8)
+    for i, s in enumerate(strata):
+        for side in range(2):
+            for j in range(width):
+                n = 0
+                while n < k and extremes[s, side, j, n] != 0:
+                    n += 1
+                lengths[i, side, j] = n
+    values = np.empty(lengths.sum(), np.float32)
+    rows = np.empty(len(values), np.uint32)
+    at = 0
+    for i, s in enumerate(strata):
+        for side in range(2):
+            for j in range(width):
+                for key in extremes[s, side, j, : lengths[i, side, j]]:
+                    values[at] = _value(key, side)
+                    rows[at] = np.uint32(0xFFFFFFFF) - np.uint32(key & np.uint64(0xFFFFFFFF))
+                    at += 1
+    return lengths, values, rows
 
 
 @numba.njit(nogil=True, cache=True)
@@ -329,43 +361,38 @@ def merge_limits(running, limits, extremes):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def insert_extremes(values, tokens, places, keys, first):  # type: ignore[no-untyped-def]
+def insert_extremes(values, tokens, strata, lengths, new_values, new_rows, first):  # type: ignore[no-untyped-def]
     """Merge the lists of a block into those of all blocks before it; ties go to those.
 
     Parameters
     ----------
-    values, tokens : float32, int64 (2, stratum, neuron, k)
+    values, tokens : float32, int64 (stratum, 2, neuron, k)
         The largest and the smallest, best first; updated in place.
-    places : uint32 (n,)
-        Where the block's keys lie in an array (stratum, 2, neuron, k), ascending.
-    keys : uint64 (n,)
-        From `extreme_key`; those of a list lie together, best first.
+    strata, lengths, new_values, new_rows
+        From `compact_lists`.
     first : int
         Token number of the block's first row.
     """
     _, _, width, k = values.shape
     merged, merged_tokens = np.empty(k, np.float32), np.empty(k, np.int64)
     n = 0
-    while n < len(places):
-        at = places[n] // k
-        end = n
-        while end < len(places) and places[end] // k == at:
-            end += 1
-        stratum, rest = divmod(at, 2 * width)
-        side, neuron = divmod(rest, width)
-        sign = 1 if side == 0 else -1
-        own, own_tokens = values[side, stratum, neuron], tokens[side, stratum, neuron]
-        a = 0
-        for i in range(k):
-            if n < end:
-                value = _value(keys[n], side)
-                if own_tokens[a] == NO_TOKEN or sign * value > sign * own[a]:
-                    row = np.int64(0xFFFFFFFF) - np.int64(keys[n] & np.uint64(0xFFFFFFFF))
-                    merged[i], merged_tokens[i] = value, first + row
-                    n += 1
+    for i, s in enumerate(strata):
+        for side in range(2):
+            sign = 1 if side == 0 else -1
+            for j in range(width):
+                end = n + lengths[i, side, j]
+                if n == end:
                     continue
-            merged[i], merged_tokens[i] = own[a], own_tokens[a]
-            a += 1
-        own[:] = merged
-        own_tokens[:] = merged_tokens
-        n = end
+                own, own_tokens = values[s, side, j], tokens[s, side, j]
+                a = 0
+                for r in range(k):
+                    old = own_tokens[a] != NO_TOKEN
+                    if n < end and not (old and sign * new_values[n] <= sign * own[a]):
+                        merged[r], merged_tokens[r] = new_values[n], first + new_rows[n]
+                        n += 1
+                    else:
+                        merged[r], merged_tokens[r] = own[a], own_tokens[a]
+                        a += 1
+                own[:] = merged
+                own_tokens[:] = merged_tokens
+                n = end
