@@ -75,6 +75,7 @@ def drop_cached(files: list[Path]) -> None:
     for file in files:
         fd = os.open(file, os.O_RDONLY)
         try:
+            os.fdatasync(fd)  # what is not written yet is not forgotten
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
