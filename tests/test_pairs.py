@@ -13,7 +13,7 @@ from helpers import write_small
 
 import actstore
 from actstore.errors import UsageError
-from actstore.queries import information
+from actstore.queries import information, matrices
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +69,25 @@ def test_chunks_follow_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table["covariance"].chunks == ((1, 1), tuple(lengths))
     assert table["token_a"].chunks == (tuple(lengths),)
     calls = []
-    blocks = information._Pairs.blocks
-    monkeypatch.setattr(
-        information._Pairs, "blocks", lambda *given: calls.append(1) or blocks(*given)
-    )
-    actstore.compute(table["covariance"].isel(layer=0).to_dataset(name="covariance"))
-    assert len(calls) == 15  # each block at or above the diagonal once
+
+    def counted(name: str) -> None:
+        plain = getattr(information._Pairs, name)
+        monkeypatch.setattr(
+            information._Pairs, name, lambda *given: calls.append(name) or plain(*given)
+        )
+
+    counted("compare")
+    counted("vectors")
+    one = table["covariance"].isel(layer=0).to_dataset(name="covariance")
+    found = actstore.compute(one)
+    # Each block at or above the diagonal once, and so each of their rows.
+    assert (calls.count("compare"), calls.count("vectors")) == (15, 5)
+    calls.clear()
+    monkeypatch.setattr(matrices, "_FEW", 4)  # of more, not all are held
+    again = actstore.pairs(actstore.mutual_information(data))["covariance"].isel(layer=0)
+    again = actstore.compute(again.to_dataset(name="covariance"))
+    assert (calls.count("compare"), calls.count("vectors")) == (15, 25)
+    xr.testing.assert_equal(again, found)
     xr.testing.assert_identical(actstore.compute(table), actstore.pairs(actstore.compute(lazy)))
     only = actstore.pairs(actstore.mutual_information(data, tokens=np.arange(70) == 3))
     assert actstore.compute(only)["covariance"].shape == (2, 0)

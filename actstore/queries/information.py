@@ -122,8 +122,13 @@ class _Pairs:
 
     def blocks(self, first: np.ndarray, second: np.ndarray) -> dict[str, np.ndarray]:
         own = np.array_equal(first, second)
-        x = self.measured.ready(self.read(first))
-        y = x if own else self.measured.ready(self.read(second))
+        x = self.vectors(first)
+        return self.compare(x, x if own else self.vectors(second), own)
+
+    def vectors(self, chosen: np.ndarray) -> _Ready:
+        return self.measured.ready(self.read(chosen))
+
+    def compare(self, x: _Ready, y: _Ready, own: bool) -> dict[str, np.ndarray]:
         return self.measured.of(x, y, own)
 
     @property
@@ -375,7 +380,7 @@ def _matrices(
     own = np.array_equal(rows, columns)
     # With a null blocks are smaller, so that none takes long: after each it can be stopped.
     size = min(BLOCK, max(16, isqrt(_TASK_STEPS // 1500 // (measured.null + 1))))
-    arrays = lay_blocks(asked, stages, layers, rows, columns, names, size, own)
+    arrays = lay_blocks(asked, stages, layers, rows, columns, names, size, own, prepared=True)
     dims = ("stage", "layer", axis, f"{axis}_b")
     variables = {}
     for name in names:

@@ -37,6 +37,7 @@ REDUCE = ("mean", "histogram")
 
 MAX_TOKENS = 50_000
 BLOCK = 1024
+_FEW = 8  # rows of blocks, whose vectors can all be in memory
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,13 @@ class Blockwise(Protocol):
     def blocks(self, first: np.ndarray, second: np.ndarray) -> dict[str, np.ndarray]: ...
 
 
+class Prepared(Blockwise, Protocol):
+    """Gives them in two steps."""
+
+    def vectors(self, tokens: np.ndarray) -> Any: ...
+    def compare(self, x: Any, y: Any, own: bool) -> dict[str, np.ndarray]: ...
+
+
 def lay_blocks(
     asked: Mapping[tuple[str, int], Blockwise],
     stages: Sequence[str],
@@ -267,6 +275,7 @@ def lay_blocks(
     names: Sequence[str],
     size: int,
     symmetric: bool,
+    prepared: bool = False,
 ) -> dict[str, da.Array]:
     """Lazy matrices (stage, layer, token, token_b) by blocks; nothing is computed yet.
 
@@ -283,6 +292,9 @@ def lay_blocks(
         Tokens of a block.
     symmetric : bool
         Blocks below the diagonal are those above, transposed.
+    prepared : bool
+        `asked` are `Prepared`; where a symmetric matrix is of few blocks, so that they take little
+        memory, vectors are prepared once for all of them.
     """
     rows, columns = _bounds(len(tokens), size), _bounds(len(tokens_b), size)
     label = f"blocks-{tokenize(asked, tokens, tokens_b, names)}"
@@ -292,7 +304,12 @@ def lay_blocks(
     for (s, stage), (k, layer), (i, (a, b)), (j, (c, d)) in places:
         own, turned = asked.get((stage, layer)), symmetric and i > j
         key = (label, s, k, *((j, i) if turned else (i, j)))
-        if not turned:
+        if own is not None and prepared and symmetric and len(rows) <= _FEW:
+            x, y = ((f"vectors-{label}", s, k, n) for n in (i, j))
+            graph[x] = Task(x, _vectors, own, tokens[a:b])
+            if not turned:
+                graph[key] = Task(key, _compare, own, TaskRef(x), TaskRef(y), i == j)
+        elif not turned:
             graph[key] = Task(key, _blocks, own, tokens[a:b], tokens_b[c:d], tuple(names))
         for name in names:
             mine = (f"{name}-{label}", s, k, i, j)
@@ -321,7 +338,15 @@ def _blocks(
     return asked.blocks(first, second)
 
 
-_blocks.small_products = True  # type: ignore[attr-defined]
+def _vectors(asked: Prepared, tokens: np.ndarray) -> Any:
+    return asked.vectors(tokens)
+
+
+def _compare(asked: Prepared, x: Any, y: Any, own: bool) -> dict[str, np.ndarray]:
+    return asked.compare(x, y, own)
+
+
+_blocks.small_products = _compare.small_products = True  # type: ignore[attr-defined]
 
 
 def _take(found: dict[str, np.ndarray], name: str, turned: bool) -> np.ndarray:

@@ -282,35 +282,9 @@ def add_moments(total, part):  # type: ignore[no-untyped-def]
 
 def merge_moments(a: State, b: State) -> State:
     """Moments of the values of two states together (Pébay, Sandia report SAND2008-6212)."""
-    na, nb = a["count"], b["count"]
-    total = na + nb
-    n = np.maximum(total, 1)
-    d = b["mean"] - a["mean"]
-    m2 = a["m2"] + b["m2"] + d**2 * na * nb / n
-    m3 = (
-        a["m3"]
-        + b["m3"]
-        + d**3 * na * nb * (na - nb) / n**2
-        + 3 * d * (na * b["m2"] - nb * a["m2"]) / n
-    )
-    m4 = (
-        a["m4"]
-        + b["m4"]
-        + d**4 * na * nb * (na**2 - na * nb + nb**2) / n**3
-        + 6 * d**2 * (na**2 * b["m2"] + nb**2 * a["m2"]) / n**2
-        + 4 * d * (na * b["m3"] - nb * a["m3"]) / n
-    )
-    return {
-        "count": total,
-        "mean": a["mean"] + d * nb / n,
-        "m2": m2,
-        "m3": m3,
-        "m4": m4,
-        "min": np.fmin(a["min"], b["min"]),
-        "max": np.fmax(a["max"], b["max"]),
-        "zeros": a["zeros"] + b["zeros"],
-        "positives": a["positives"] + b["positives"],
-    }
+    total, part = (np.stack([state[name] for name in MOMENT_NAMES]) for state in (a, b))
+    add_moments(total, part)
+    return _named(total)
 
 
 def pool(state: State, groups: np.ndarray) -> State:

@@ -95,18 +95,29 @@ def _layer(setting: Setting) -> list[Row]:
 
 
 def _neuron(setting: Setting) -> list[Row]:
+    """Each way of reading one neuron against the same way of reading them all."""
     import actstore
 
     store = actstore.open(setting.store)
     array, neuron = store.array(STAGE), store[STAGE].sizes["neuron"] // 2
-    named = "the whole stage-layer, store.array(stage)[0]"
 
-    def one() -> None:
-        store[STAGE].isel(layer=0, neuron=neuron).values  # noqa: B018 - reads
+    def table(
+        what: str, one: Callable[[], object], named: str, every: Callable[[], object]
+    ) -> list[Row]:
+        whole = [Reference(named, seconds(every))]
+        return compare("reading", {what: (seconds(one), {named: 10})}, whole, setting.rounds)
 
-    return compare(
-        "reading",
-        {"one neuron over all tokens, with labels": (seconds(one), {named: 10})},
-        [Reference(named, seconds(lambda: array[0]))],
-        setting.rounds,
-    )
+    return [
+        *table(
+            "one neuron over all tokens, store.array(stage)[0, :, n]",
+            lambda: array[0, :, neuron],
+            "the whole stage-layer, store.array(stage)[0]",
+            lambda: array[0],
+        ),
+        *table(
+            "the same with labels, store[stage].isel(layer=0, neuron=n)",
+            lambda: store[STAGE].isel(layer=0, neuron=neuron).values,
+            "the whole with labels, store[stage].isel(layer=0)",
+            lambda: store[STAGE].isel(layer=0).values,
+        ),
+    ]
