@@ -248,7 +248,7 @@ def test_what_is_left_out_is_there() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for path in (README, GUIDE, reference.PAGE, ROOT / "CONTRIBUTING.md", ROOT / "FORMAT.md"):
+    for path in (README, GUIDE, reference.PAGE, *ROOT.glob("[A-Z]*.md")):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
