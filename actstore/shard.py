@@ -338,7 +338,7 @@ def read_shard(
     index = _read_index(layout, reader)
     r, c = layout.chunk_rows, layout.chunk_width
     first, last = columns.start // c, -(-columns.stop // c)
-    raw = _room(layout, last - first)
+    raw = _room(layout, min(last - first, _at_once(layout, reader)))
     for i in range(rows.start // r, -(-rows.stop // r)):
         for j, chunk in _read_chunk_row(layout, reader, index, i, first, last, raw):
             top, left = i * r, j * c
@@ -457,12 +457,11 @@ def _read_chunk_row(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (j, values) for the chunks first..last of one chunk row, in as few reads as may be.
 
-    Values may lie in `room`, and are written over by the next row.
+    Values may lie in `room`, and are written over by the next ones.
     """
     spans = _spans(layout, reader, index, i, first, last)
     offsets, sizes = (own.tolist() for own in spans)
-    most = max(1, reader.piece // layout.chunk_nbytes)
-    for run in _runs(offsets, sizes, most):
+    for run in _runs(offsets, sizes, _at_once(layout, reader)):
         start = offsets[run.start]
         raw = room[: offsets[run.stop - 1] + sizes[run.stop - 1] - start]
         reader.read_into(raw, offset=start)
@@ -472,6 +471,11 @@ def _read_chunk_row(
             if not _sound(raw[a:b], raw[b : b + _CRC]):
                 raise _wrong_sum(reader, i, first + k)
             yield first + k, _decode_chunk(layout, reader, raw[a:b])
+
+
+def _at_once(layout: Layout, reader: Reader) -> int:
+    """Chunks that are read at a time."""
+    return max(1, reader.piece // layout.chunk_nbytes)
 
 
 def _runs(offsets: list[int], sizes: list[int], most: int) -> Iterator[range]:

@@ -29,7 +29,7 @@ from .schema import GRANULE_TOKENS, KEYS, MOMENTS, RANKS, Categorical
 from .shard import Layout, ShardSummary, chunk_values
 from .sketched import strata_codes
 from .stats.moments import add_moments
-from .stats.sketching import NO_TOKEN, compact_lists, insert_extremes, merge_limits, sketch_chunk
+from .stats.sketching import compact_lists, insert_extremes, merge_limits, sketch_chunk
 
 __all__ = ["ShardSketch", "Sketcher", "Strata", "merge", "pack", "plan_strata"]
 
@@ -340,7 +340,7 @@ class _Total:
         self._moments = self._empty()
         self._counts = np.zeros((layers, n_strata, KEYS), np.uint64)
         lists = (layers, n_strata, 2, width, RANKS)
-        self._values, self._tokens = np.zeros(lists, np.float32), np.full(lists, NO_TOKEN)
+        self._values, self._tokens = np.full(lists, np.nan, np.float32), np.full(lists, -1)
 
     def _empty(self) -> np.ndarray:
         """Moments (9, stratum, layer, neuron) of nothing."""
@@ -374,11 +374,9 @@ class _Total:
     def results(self) -> Iterator[tuple[str, np.ndarray]]:
         yield "moments", self._moments
         yield "counts", self._counts.swapaxes(0, 1)
-        tokens = np.where(self._tokens == NO_TOKEN, -1, self._tokens)
         for side, name in enumerate(("largest", "smallest")):
-            values = np.where(tokens[:, :, side] < 0, np.nan, self._values[:, :, side])
-            yield f"{name}_value", values.swapaxes(0, 1)
-            yield f"{name}_token", tokens[:, :, side].swapaxes(0, 1)
+            yield f"{name}_value", self._values[:, :, side].swapaxes(0, 1)
+            yield f"{name}_token", self._tokens[:, :, side].swapaxes(0, 1)
 
 
 _TENSORS = (

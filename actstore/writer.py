@@ -3,9 +3,9 @@
     with Writer("run.zarr", plan) as writer:
         writer.put("mlp_post", layer=3, token=0, values=acts_tn)
 
-Values are copied into shard images (each a file in the making); a full shard goes to writer
-threads that check, sum and write it while the caller computes on; when all shards of a block are
-durable its journal record is committed. A killed writer loses the blocks in flight and nothing
+Values are copied into shard images (each a file in the making); a full shard is checked, summed
+and written by other threads while the caller computes on; when all shards of a block are durable
+its journal record is committed. A killed writer loses the blocks in flight and nothing
 else. `dump` stands on this; people with their own loops use it directly.
 """
 
@@ -15,8 +15,8 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -209,8 +209,11 @@ class Writer:
     ) -> None:
         # What is queued is written even after an error: a block nearly done is worth keeping.
         try:
-            self.catch_up()
-            self._executor.shutdown(wait=True)
+            try:
+                self.catch_up()
+            finally:
+                self._all_cores.shutdown()
+                self._executor.shutdown()
             if error is None:
                 self._pool.check()
                 if all(not m.any() for m in self.missing):
@@ -626,7 +629,7 @@ class Writer:
         if large.size:
             raise half_overflow(shard.stage, shard.layer_index, float(large[0]), large.size)
 
-    # -- finishing: from here on in writer threads ---------------------------------------------
+    # -- finishing: from here on in other threads, but for `catch_up` --------------------------
 
     @cached_property
     def _executor(self) -> ThreadPoolExecutor:
@@ -642,23 +645,29 @@ class Writer:
             self._held.append(shard)
         else:
             self._pool.send()
-            self._executor.submit(self._finish_and_write, shard)
+            self._executor.submit(self._finish_and_write, shard, self._write_shard)
 
     def catch_up(self) -> None:
         """Finish the shards that are held, by all cores, and send them to the writer threads."""
         held, self._held = self._held, []
+        executor = self._executor
+
+        def write(shard: _OpenShard, whole: _Whole) -> None:
+            executor.submit(self._write_shard, shard, whole)
+
         for _ in held:
             self._pool.send()
-        for shard, whole in zip(held, self._all_cores.map(self._finished, held), strict=True):
-            self._executor.submit(self._write_shard, shard, whole)
+        wait([self._all_cores.submit(self._finish_and_write, shard, write) for shard in held])
 
-    def _finish_and_write(self, shard: _OpenShard) -> None:
+    def _finish_and_write(
+        self, shard: _OpenShard, write: Callable[[_OpenShard, _Whole], None]
+    ) -> None:
         try:
             whole = self._finished(shard)
         except BaseException as error:
             self._pool.fail(error)
         else:
-            self._write_shard(shard, whole)
+            write(shard, whole)
 
     def _finished(self, shard: _OpenShard) -> _Whole:
         """All that takes computing and no disk, but for compression: that takes memory."""

@@ -13,7 +13,7 @@ from helpers import write_small
 
 import actstore
 from actstore.errors import UsageError
-from actstore.queries import information, matrices
+from actstore.queries import information
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_chunks_follow_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     # Each block at or above the diagonal once, and so each of their rows.
     assert (calls.count("compare"), calls.count("vectors")) == (15, 5)
     calls.clear()
-    monkeypatch.setattr(matrices, "_FEW", 4)  # of more, not all are held
+    monkeypatch.setattr(information, "_MOST_READY", 70 * 9 * 18 - 1)  # not all are held
     again = actstore.pairs(actstore.mutual_information(data))["covariance"].isel(layer=0)
     again = actstore.compute(again.to_dataset(name="covariance"))
     assert (calls.count("compare"), calls.count("vectors")) == (15, 25)

@@ -16,7 +16,7 @@ from actstore.resketch import add_sketches
 from actstore.schema import KEYS, MOMENTS, RANKS
 from actstore.sketch import empty_lists, empty_moments, no_limits
 from actstore.sketched import union_of_strata
-from actstore.stats.moments import moments_of
+from actstore.stats.moments import moments_of, moments_of_all
 from actstore.stats.sketching import compact_lists, sketch_chunk
 from actstore.writer import Writer
 
@@ -345,6 +345,33 @@ def test_without_sketches(tmp_path):
             writer.put("mlp_post", layer, 0, np.ones((20, WIDTH), np.float32))
     assert not (tmp_path / "a.zarr/sketch").exists()
     assert "sketch" not in actstore.open(tmp_path / "a.zarr").attrs
+
+
+def test_parts_that_are_all_nan_hide_nothing(tmp_path):
+    """Neither a block of a neuron, in sketches and scans, nor a neuron of a layer."""
+    made = corpus([320])
+    values = nasty(np.random.default_rng(8), 320)
+    values[:, 64:192, 7] = values[:, 100:110, 8] = values[:, :, 9] = np.nan
+    values[:, 3, 7], values[:, 5, 7] = -90, 90
+    stage = StageSpec("mlp_post", LAYERS, WIDTH)
+    for sketch in (True, False):
+        plan = Plan.build(made, [stage], buffer="40KiB", sketch=sketch)
+        assert plan.n_blocks > 3
+        path = tmp_path / f"{sketch}.zarr"
+        with Writer(path, plan, allow_nonfinite=True) as writer:
+            for i, layer in enumerate(LAYERS):
+                writer.put("mlp_post", layer, 0, values[i])
+        for per, axes in (("neuron", 1), ("layer", (1, 2))):
+            found = actstore.moments(actstore.open(path), per=per).compute()
+            np.testing.assert_array_equal(found["min"], np.fmin.reduce(values, axis=axes))
+            np.testing.assert_array_equal(found["max"], np.fmax.reduce(values, axis=axes))
+
+
+def test_a_column_of_nan_hides_none_of_the_others():
+    x = np.full((4, 768), 5, np.float32)
+    x[:, 0], x[:, 1], x[:, 2] = -3, np.nan, 9
+    found = moments_of_all(x)
+    assert (found["min"], found["max"]) == (-3, 9)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -563,6 +563,50 @@ def test_a_disk_that_fills_up(
         assert tree_bytes(path) == tree
 
 
+@pytest.mark.parametrize("hold", [False, True])
+@pytest.mark.parametrize("swallow", [False, True])
+def test_what_fails_in_other_threads_is_told_and_what_was_done_is_kept(
+    plan: Plan,
+    values: dict[str, np.ndarray],
+    tree: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hold: bool,
+    swallow: bool,
+) -> None:
+    """Even of a caller who goes on after an error; and no thread writes on once it is told."""
+    encode, count = actstore.writer.encode, [0]
+
+    def failing(*given: Any) -> Any:
+        count[0] += 1
+        if count[0] == 5:
+            raise MemoryError("no room")
+        return encode(*given)
+
+    monkeypatch.setattr(actstore.writer, "encode", failing)
+    path = tmp_path / "run.zarr"
+    with (
+        pytest.raises((MemoryError, WriteError), match=r"no room|an earlier shard"),
+        Writer(path, plan) as writer,
+    ):
+        writer.hold = hold
+        for stage in plan.stages:
+            for i, layer in enumerate(stage.layers):
+                try:
+                    writer.put(stage.name, layer, 0, values[stage.name][i])
+                except MemoryError:
+                    if not swallow:
+                        raise
+            writer.catch_up()
+    assert not writer.sealed
+    assert not [t for t in threading.enumerate() if t.name.startswith("actstore_")]
+    left = tree_bytes(path)
+    monkeypatch.undo()
+    assert any("/c." in key for key in left)
+    assert write_store(path, plan, values).sealed
+    assert tree_bytes(path) == tree
+
+
 def write_reference(folder: Path, plan: Plan, values: dict[str, np.ndarray]) -> Path:
     path = folder / "reference.zarr"
     if not path.exists():

@@ -37,6 +37,8 @@ Reduce = Literal["mean", "histogram", "joint"]
 REDUCE = ("mean", "histogram", "joint")
 
 BLOCK = 128
+_READY_ITEMSIZE = 18  # bytes an entry of a vector takes, ready to be paired
+_MOST_READY = 2**26
 MAX_BINS = 255
 MAX_JOINT = 1_000
 
@@ -380,7 +382,9 @@ def _matrices(
     own = np.array_equal(rows, columns)
     # With a null blocks are smaller, so that none takes long: after each it can be stopped.
     size = min(BLOCK, max(16, isqrt(_TASK_STEPS // 1500 // (measured.null + 1))))
-    arrays = lay_blocks(asked, stages, layers, rows, columns, names, size, own, prepared=True)
+    held = len(rows) * max(pairs.samples for pairs in asked.values()) * _READY_ITEMSIZE
+    prepared = held <= _MOST_READY
+    arrays = lay_blocks(asked, stages, layers, rows, columns, names, size, own, prepared)
     dims = ("stage", "layer", axis, f"{axis}_b")
     variables = {}
     for name in names:

@@ -37,7 +37,6 @@ REDUCE = ("mean", "histogram")
 
 MAX_TOKENS = 50_000
 BLOCK = 1024
-_FEW = 8  # rows of blocks, whose vectors can all be in memory
 
 
 @dataclass(frozen=True)
@@ -293,8 +292,8 @@ def lay_blocks(
     symmetric : bool
         Blocks below the diagonal are those above, transposed.
     prepared : bool
-        `asked` are `Prepared`; where a symmetric matrix is of few blocks, so that they take little
-        memory, vectors are prepared once for all of them.
+        `asked` are `Prepared`, and all vectors of a symmetric matrix can be held: they are prepared
+        once for all blocks.
     """
     rows, columns = _bounds(len(tokens), size), _bounds(len(tokens_b), size)
     label = f"blocks-{tokenize(asked, tokens, tokens_b, names)}"
@@ -304,7 +303,7 @@ def lay_blocks(
     for (s, stage), (k, layer), (i, (a, b)), (j, (c, d)) in places:
         own, turned = asked.get((stage, layer)), symmetric and i > j
         key = (label, s, k, *((j, i) if turned else (i, j)))
-        if own is not None and prepared and symmetric and len(rows) <= _FEW:
+        if own is not None and prepared and symmetric:
             x, y = ((f"vectors-{label}", s, k, n) for n in (i, j))
             graph[x] = Task(x, _vectors, own, tokens[a:b])
             if not turned:

@@ -216,8 +216,9 @@ def _merge_columns(columns):  # type: ignore[no-untyped-def]
         sums[1:] = columns[2:5, j]
         _merge_tile(out, 0, columns[0, j], columns[1, j], sums)
         low, high = columns[5, j], columns[6, j]
-        out[5, 0] = low if not out[5, 0] <= low else out[5, 0]
-        out[6, 0] = high if not out[6, 0] >= high else out[6, 0]
+        if low <= high:  # else all were NaN
+            out[5, 0] = low if not out[5, 0] <= low else out[5, 0]
+            out[6, 0] = high if not out[6, 0] >= high else out[6, 0]
         out[7:, 0] += columns[7:, j]
     return out
 
@@ -274,8 +275,9 @@ def add_moments(total, part):  # type: ignore[no-untyped-def]
         total[1, j] += d * nb / n
         total[0, j] = n
         low, high = part[5, j], part[6, j]
-        total[5, j] = low if not total[5, j] <= low else total[5, j]
-        total[6, j] = high if not total[6, j] >= high else total[6, j]
+        if low <= high:  # else all were NaN
+            total[5, j] = low if not total[5, j] <= low else total[5, j]
+            total[6, j] = high if not total[6, j] >= high else total[6, j]
         total[7, j] += part[7, j]
         total[8, j] += part[8, j]
 

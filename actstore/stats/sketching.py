@@ -12,7 +12,6 @@ import numpy as np
 from .moments import _in_reach, _merge_exactly, _merge_tile
 
 __all__ = [
-    "NO_TOKEN",
     "compact_lists",
     "extreme_key",
     "insert_extremes",
@@ -20,9 +19,6 @@ __all__ = [
     "sketch_chunk",
 ]
 
-
-NO_TOKEN = np.int64(2**62)
-"""Token number of an empty place in a list of extreme values; sorts behind every token."""
 
 _TILE_ROWS = 256
 _GROUP_ROWS = 16
@@ -56,7 +52,7 @@ def sketch_chunk(x, keys, rows, top_row, left, moments, counts, norms, limits, e
         the first or above the second can matter.
     extremes : uint64 (2, neuron, k)
         The largest and the smallest values of the shard as `extreme_key`, best first, 0 for none;
-        updated in place.
+        updated in place. NaN is in neither, -inf not among the largest, inf not among the smallest.
     """
     columns, ranks = x.shape[1], extremes.shape[2]
     groups = -(-len(rows) // _GROUP_ROWS)
@@ -75,7 +71,7 @@ def sketch_chunk(x, keys, rows, top_row, left, moments, counts, norms, limits, e
     beat = np.empty((2, columns), np.float32)
     for side in range(2):
         known = limits[side, left : left + columns].copy()
-        if groups >= ranks and np.isinf(known).any():  # else earlier blocks know better
+        if groups >= ranks and 2 * np.isinf(known).sum() > columns:  # else earlier blocks know
             _reach(ends, side, ranks, known)
         away = np.float32(-np.inf if side == 0 else np.inf)
         for j in range(columns):
@@ -367,7 +363,7 @@ def insert_extremes(values, tokens, strata, lengths, new_values, new_rows, first
     Parameters
     ----------
     values, tokens : float32, int64 (stratum, 2, neuron, k)
-        The largest and the smallest, best first; updated in place.
+        The largest and the smallest, best first, -1 for the token of none; updated in place.
     strata, lengths, new_values, new_rows
         From `compact_lists`.
     first : int
@@ -386,7 +382,7 @@ def insert_extremes(values, tokens, strata, lengths, new_values, new_rows, first
                 own, own_tokens = values[s, side, j], tokens[s, side, j]
                 a = 0
                 for r in range(k):
-                    old = own_tokens[a] != NO_TOKEN
+                    old = own_tokens[a] >= 0
                     if n < end and not (old and sign * new_values[n] <= sign * own[a]):
                         merged[r], merged_tokens[r] = new_values[n], first + new_rows[n]
                         n += 1

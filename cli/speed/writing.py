@@ -72,7 +72,7 @@ def _ours(setting: Setting, plan: Any, values: dict[str, Any]) -> Work:
         path = fresh(setting.scratch / "written") / "run.zarr"
         began = time.perf_counter()
         with Writer(path, plan) as writer:
-            writer.hold = plan.sketch  # as on a dump on the CPU
+            writer.hold = True  # as on a dump on the CPU
             for token in range(0, plan.n_tokens, LENGTH):
                 for name, own in values.items():
                     for layer in range(setting.layers):
