@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any
 
@@ -645,29 +645,16 @@ class Writer:
             self._held.append(shard)
         else:
             self._pool.send()
-            self._executor.submit(self._finish_and_write, shard, self._write_shard)
+            self._executor.submit(self._write_shard, shard, partial(self._finished, shard))
 
     def catch_up(self) -> None:
         """Finish the shards that are held, by all cores, and send them to the writer threads."""
         held, self._held = self._held, []
-        executor = self._executor
-
-        def write(shard: _OpenShard, whole: _Whole) -> None:
-            executor.submit(self._write_shard, shard, whole)
-
-        for _ in held:
+        coming = [self._all_cores.submit(self._finished, shard) for shard in held]
+        for shard, future in zip(held, coming, strict=True):  # in order: the first error is told
             self._pool.send()
-        wait([self._all_cores.submit(self._finish_and_write, shard, write) for shard in held])
-
-    def _finish_and_write(
-        self, shard: _OpenShard, write: Callable[[_OpenShard, _Whole], None]
-    ) -> None:
-        try:
-            whole = self._finished(shard)
-        except BaseException as error:
-            self._pool.fail(error)
-        else:
-            write(shard, whole)
+            self._executor.submit(self._write_shard, shard, future.result)
+        wait(coming)
 
     def _finished(self, shard: _OpenShard) -> _Whole:
         """All that takes computing and no disk, but for compression: that takes memory."""
@@ -686,8 +673,9 @@ class Writer:
             None if layout.compressed else encode(layout, shard.buffer, rows),
         )
 
-    def _write_shard(self, shard: _OpenShard, whole: _Whole) -> None:
+    def _write_shard(self, shard: _OpenShard, finish: Callable[[], _Whole]) -> None:
         try:
+            whole = finish()
             if self._pool.failed:
                 raise WriteError("not written, because an earlier shard failed")
             with self._disk_errors(shard.stage.key(shard.layer_index, shard.block)):
