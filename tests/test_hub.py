@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -118,8 +119,8 @@ def test_again_goes_on_and_changes_nothing(client: Client, store: Path, tmp_path
     assert nothing.returncode == 1 and "only part of a store: push it again" in nothing.stderr
     assert not (tmp_path / "early.zarr").exists()
     client.hub.refuse_upload = lambda _: False
-    sent = len(client.hub.blobs)
-    assert sent > 0
+    sent = set(client.hub.blobs)
+    assert sent
     asked = client.hub.asked["upload"]
     out = tmp_path / "run.zarr"
     result = client.python(
@@ -131,8 +132,10 @@ actstore.pull({NAME!r}, {str(out)!r})
 """
     )
     assert result == [actstore.open(store).id, f"{client._env['HF_ENDPOINT']}/datasets/{NAME}"]
-    large = {p.read_bytes() for p in store.rglob("*") if p.is_file() and p.stat().st_size > 1000}
-    assert client.hub.asked["upload"] - asked == len(large) - sent
+    large = [p.read_bytes() for p in store.rglob("*") if p.is_file() and p.stat().st_size > 1000]
+    left = [own for d in large if (own := hashlib.sha256(d).hexdigest()) not in sent]
+    # Of files that are the same (of one granule, its moments are the totals), one is enough.
+    assert len(set(left)) <= client.hub.asked["upload"] - asked <= len(left) < len(large)
     assert len(client.hub.messages(NAME)) == 4  # pushing what is there makes no commit
     assert_same_tree(out, store)
 
