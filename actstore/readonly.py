@@ -46,7 +46,7 @@ class ReadOnly:
 class MemoryReader:
     """Ranged reads of an object that had to be taken whole."""
 
-    piece = 2**62
+    piece = 2**62  # it is in memory already
 
     def __init__(self, key: str, data: bytes) -> None:
         self.key, self.nbytes = key, len(data)
